@@ -1,0 +1,274 @@
+// The one file that knows Python: checks every argument, releases the GIL, calls plain C++.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "labels.h"
+#include "overlay.h"
+#include "simd.h"
+#include "stitch.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace histoseg {
+namespace {
+
+[[noreturn]] void fail(const std::string& name, const std::string& what) { throw py::value_error(name + ": " + what); }
+
+std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
+
+// `object` as an aligned array of exactly T and `ndim` axes; no conversions, so that outputs are the caller's memory.
+template <typename T>
+py::array checked(const py::object& object, const char* name, py::ssize_t ndim) {
+    if (!py::isinstance<py::array>(object)) fail(name, "expected a NumPy array");
+    auto array = py::reinterpret_borrow<py::array>(object);
+    const std::string wanted = py::str(py::dtype::of<T>()).cast<std::string>();
+    if (!py::isinstance<py::array_t<T>>(object)) {
+        fail(name, "expected dtype " + wanted + ", got " + py::str(array.dtype()).cast<std::string>());
+    }
+    if (array.ndim() != ndim) fail(name, "expected " + std::to_string(ndim) + " axes, got shape " + shape_text(array));
+    if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) fail(name, "is not aligned to its dtype");
+    return array;
+}
+
+// NumPy leaves the stride of an axis of length 0 or 1 undefined.
+void check_contiguous(const py::array& array, const char* name, py::ssize_t axis, py::ssize_t stride) {
+    if (array.size() > 0 && array.shape(axis) > 1 && array.strides(axis) != stride) {
+        fail(name, "axis " + std::to_string(axis) + " must be contiguous (stride " + std::to_string(stride) +
+                       " bytes), got " + std::to_string(array.strides(axis)));
+    }
+}
+
+void check_shape(const py::array& array, const char* name, const std::vector<py::ssize_t>& shape) {
+    if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape) return;
+    fail(name, "expected shape " + py::str(py::tuple(py::cast(shape))).cast<std::string>() + ", got " +
+                   shape_text(array));
+}
+
+// An output: the same checks, and it can be written to.
+template <typename T>
+py::array checked_output(const py::object& object, const char* name, const std::vector<py::ssize_t>& shape) {
+    auto array = checked<T>(object, name, static_cast<py::ssize_t>(shape.size()));
+    if (!array.writeable()) fail(name, "is read-only");
+    check_shape(array, name, shape);
+    check_contiguous(array, name, array.ndim() - 1, static_cast<py::ssize_t>(sizeof(T)));
+    return array;
+}
+
+PaletteTable checked_palette(const py::object& object) {
+    const auto array = checked<std::uint8_t>(object, "palette", 2);
+    if (array.shape(0) < 1 || array.shape(0) > kMaxClasses || array.shape(1) != 3) {
+        fail("palette", "expected shape (n, 3) with n from 1 to " + std::to_string(kMaxClasses) + ", got " +
+                            shape_text(array));
+    }
+    PaletteTable table;
+    table.size = static_cast<std::int32_t>(array.shape(0));
+    for (py::ssize_t id = 0; id < array.shape(0); ++id) {
+        for (py::ssize_t c = 0; c < 3; ++c) table.colours[id][c] = *static_cast<const std::uint8_t*>(array.data(id, c));
+    }
+    return table;
+}
+
+void check_threads(int threads) {
+    if (threads < 0 || threads > kMaxThreads) {
+        fail("threads", "expected 0 (choose) to " + std::to_string(kMaxThreads) + ", got " + std::to_string(threads));
+    }
+}
+
+void check_bad_id(const BadId& bad, const char* name, std::int32_t size) {
+    if (bad.y < 0) return;
+    fail(name, "id " + std::to_string(bad.value) + " at x=" + std::to_string(bad.x) + ", y=" + std::to_string(bad.y) +
+                   " has no colour; the palette ends at " + std::to_string(size - 1));
+}
+
+IdsView ids_view(const py::array& ids) {
+    return {static_cast<const std::uint8_t*>(ids.data()), ids.shape(0), ids.shape(1), ids.strides(0), ids.strides(1)};
+}
+
+py::array_t<std::int64_t> offenders_array(const DecodeReport& report) {
+    py::array_t<std::int64_t> rows({static_cast<py::ssize_t>(report.offender_count), py::ssize_t{5}});
+    auto cell = rows.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+        const Offender& one = report.offenders[static_cast<std::size_t>(i)];
+        const std::int64_t values[5] = {one.y, one.x, one.r, one.g, one.b};
+        for (py::ssize_t k = 0; k < 5; ++k) cell(i, k) = values[k];
+    }
+    return rows;
+}
+
+py::tuple py_decode_labels(const py::object& rgb_object, const py::object& palette_object, double tolerance,
+                           int threads) {
+    const auto rgb = checked<std::uint8_t>(rgb_object, "rgb", 3);
+    if (rgb.shape(2) != 3 && rgb.shape(2) != 4) {
+        fail("rgb", "expected shape (height, width, 3 or 4), got " + shape_text(rgb));
+    }
+    const PaletteTable palette = checked_palette(palette_object);
+    if (!(tolerance >= 0)) fail("tolerance", "expected a number of 0 or more, got " + std::to_string(tolerance));
+    check_threads(threads);
+    const RgbView view{static_cast<const std::uint8_t*>(rgb.data()), rgb.shape(0), rgb.shape(1),
+                       rgb.strides(0), rgb.strides(1), rgb.strides(2)};
+    py::array_t<std::uint8_t> ids({rgb.shape(0), rgb.shape(1)});
+    std::uint8_t* out = ids.mutable_data();
+    DecodeReport report;
+    {
+        const py::gil_scoped_release released;
+        report = decode_labels(view, palette, tolerance_to_distance2(tolerance), threads, out);
+    }
+    return py::make_tuple(ids, report.approximate, report.unmatched, offenders_array(report));
+}
+
+py::array_t<std::uint8_t> py_encode_labels(const py::object& ids_object, const py::object& palette_object,
+                                           int threads) {
+    const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);
+    const PaletteTable palette = checked_palette(palette_object);
+    check_threads(threads);
+    const IdsView view = ids_view(ids);
+    py::array_t<std::uint8_t> rgb({ids.shape(0), ids.shape(1), py::ssize_t{3}});
+    std::uint8_t* out = rgb.mutable_data();
+    BadId bad;
+    {
+        const py::gil_scoped_release released;
+        bad = encode_labels(view, palette, threads, out);
+    }
+    check_bad_id(bad, "ids", palette.size);
+    return rgb;
+}
+
+Core checked_core(const py::object& object, const py::array& logits) {
+    if (!py::isinstance<py::sequence>(object) || py::len(object) != 4) fail("core", "expected (y0, x0, y1, x1)");
+    std::int64_t edge[4];
+    for (std::size_t i = 0; i < 4; ++i) {
+        // Not pybind's cast alone: NumPy integers are welcome, floats are not.
+        const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(py::sequence(object)[i].ptr()));
+        if (!index) {
+            PyErr_Clear();
+            fail("core", "expected four integers");
+        }
+        edge[i] = PyLong_AsLongLong(index.ptr());
+        if (PyErr_Occurred() != nullptr) {
+            PyErr_Clear();
+            fail("core", "is outside the tile");
+        }
+    }
+    const Core core{edge[0], edge[1], edge[2], edge[3]};
+    if (core.y0 < 0 || core.x0 < 0 || core.y1 < core.y0 || core.x1 < core.x0 || core.y1 > logits.shape(1) ||
+        core.x1 > logits.shape(2)) {
+        fail("core", py::str(object).cast<std::string>() + " is not inside the tile of shape " + shape_text(logits));
+    }
+    return core;
+}
+
+std::int64_t py_stitch(const py::object& logits_object, const py::object& core_object, const py::object& classes_object,
+                       const py::object& counts_object, const py::object& confidence_object,
+                       const py::object& probabilities_object) {
+    const auto logits = checked<float>(logits_object, "logits", 3);
+    check_contiguous(logits, "logits", 2, sizeof(float));
+    if (logits.shape(0) < 1 || logits.shape(0) > kMaxClasses) {
+        fail("logits", "expected 1 to " + std::to_string(kMaxClasses) + " classes, got shape " + shape_text(logits));
+    }
+    const Core core = checked_core(core_object, logits);
+    const py::ssize_t count = logits.shape(0), height = core.y1 - core.y0, width = core.x1 - core.x0;
+    auto classes = checked_output<std::uint8_t>(classes_object, "classes", {height, width});
+    auto counts = checked_output<std::uint64_t>(counts_object, "counts", {count});
+    auto confidence = checked_output<std::uint64_t>(confidence_object, "confidence", {count});
+    StitchOutput output{};
+    output.classes = static_cast<std::uint8_t*>(classes.mutable_data());
+    output.classes_stride_y = classes.strides(0);
+    output.counts = static_cast<std::uint64_t*>(counts.mutable_data());
+    output.confidence = static_cast<std::uint64_t*>(confidence.mutable_data());
+    if (!probabilities_object.is_none()) {
+        auto planes = checked_output<std::uint8_t>(probabilities_object, "probabilities", {count, height, width});
+        output.probabilities = static_cast<std::uint8_t*>(planes.mutable_data());
+        output.probabilities_stride_class = planes.strides(0);
+        output.probabilities_stride_y = planes.strides(1);
+    }
+    const LogitsView view{static_cast<const float*>(logits.data()), count, logits.shape(1), logits.shape(2),
+                          logits.strides(0), logits.strides(1)};
+    const py::gil_scoped_release released;
+    return stitch(view, core, output);
+}
+
+// Rows of packed RGB pixels, as tint reads and writes them.
+void check_packed_rgb(const py::array& array, const char* name) {
+    check_contiguous(array, name, 2, 1);
+    check_contiguous(array, name, 1, 3);
+}
+
+void py_tint(const py::object& rgb_object, const py::object& ids_object, const py::object& above_object,
+             const py::object& palette_object, int alpha, const py::object& out_object) {
+    const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);
+    const py::ssize_t height = ids.shape(0), width = ids.shape(1);
+    check_contiguous(ids, "ids", 1, 1);
+    const auto rgb = checked<std::uint8_t>(rgb_object, "rgb", 3);
+    check_shape(rgb, "rgb", {height, width, 3});
+    check_packed_rgb(rgb, "rgb");
+    auto out = checked_output<std::uint8_t>(out_object, "out", {height, width, 3});
+    check_packed_rgb(out, "out");
+    const PaletteTable palette = checked_palette(palette_object);
+    if (alpha < 0 || alpha > 255) fail("alpha", "expected 0 to 255, got " + std::to_string(alpha));
+    check_bad_id(find_bad_id(ids_view(ids), palette.size), "ids", palette.size);
+    TintBand band{};
+    if (!above_object.is_none()) {
+        const auto above = checked<std::uint8_t>(above_object, "above", 1);
+        check_shape(above, "above", {width});
+        check_contiguous(above, "above", 0, 1);
+        band.above = static_cast<const std::uint8_t*>(above.data());
+        const IdsView row{band.above, 1, width, width, 1};
+        check_bad_id(find_bad_id(row, palette.size), "above", palette.size);
+    }
+    band.rgb = static_cast<const std::uint8_t*>(rgb.data());
+    band.rgb_stride_y = rgb.strides(0);
+    band.ids = static_cast<const std::uint8_t*>(ids.data());
+    band.ids_stride_y = ids.strides(0);
+    band.out = static_cast<std::uint8_t*>(out.mutable_data());
+    band.out_stride_y = out.strides(0);
+    band.height = height;
+    band.width = width;
+    const py::gil_scoped_release released;
+    tint(band, palette, static_cast<std::uint8_t>(alpha));
+}
+
+void py_set_simd_level(const std::string& name) {
+    SimdLevel level{};
+    if (!parse_simd_level(name, level)) fail("level", "expected baseline, avx2 or avx512, got " + name);
+    if (level > best_simd_level()) fail("level", "this machine has no " + name);
+    set_simd_level(level);
+}
+
+}  // namespace
+}  // namespace histoseg
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+    using namespace histoseg;
+    using namespace pybind11::literals;
+    m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays. Wrong arguments raise ValueError.";
+#ifdef HISTOSEG_CUDA_BUILT
+    m.attr("cuda_built") = true;
+#else
+    m.attr("cuda_built") = false;
+#endif
+    m.attr("max_classes") = kMaxClasses;
+    m.attr("max_threads") = kMaxThreads;
+    m.attr("unmatched") = static_cast<int>(kUnmatched);
+    m.attr("confidence_units") = kConfidenceUnits;
+    m.def("decode_labels", &py_decode_labels, "rgb"_a, "palette"_a, "tolerance"_a = 0.0, "threads"_a = 0,
+          "(ids, approximate, unmatched, offenders) of a uint8 (height, width, 3 or 4) label; offenders are int64 rows "
+          "y, x, r, g, b of the first unmatched pixels.");
+    m.def("encode_labels", &py_encode_labels, "ids"_a, "palette"_a, "threads"_a = 0,
+          "The uint8 (height, width, 3) colours of uint8 (height, width) ids.");
+    m.def("stitch", &py_stitch, "logits"_a, "core"_a, "classes"_a, "counts"_a, "confidence"_a,
+          "probabilities"_a = py::none(),
+          "Writes the classes of core (y0, x0, y1, x1) of float32 (classes, height, width) logits, adds to counts and "
+          "confidence (uint64 by class), returns how many of its pixels have a logit that is not finite.");
+    m.def("tint", &py_tint, "rgb"_a, "ids"_a, "above"_a, "palette"_a, "alpha"_a, "out"_a,
+          "Blends class colours (alpha 0..255) and outlines over rgb, into out (which may be rgb).");
+    m.def("simd_level", [] { return simd_level_name(simd_level()); }, "The SIMD level in use.");
+    m.def("best_simd_level", [] { return simd_level_name(best_simd_level()); }, "The best level of this machine.");
+    m.def("set_simd_level", &py_set_simd_level, "level"_a,
+          "For tests: use 'baseline', 'avx2' or 'avx512'. Answers do not depend on it.");
+}

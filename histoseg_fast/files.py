@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY_SUFFIX = ".partial"
+"""Ends the name of every file that is still being written; whatever carries it may be deleted."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` for writing and rename it to `path` when the block succeeds.
+
+    On any error the temporary file is removed and `path` stays as it was. With `durable` the bytes are
+    flushed to the disk before the rename (checkpoints and plans; a mask is checked by digest on resume
+    instead). Missing parent folders are made. Raises OSError as the file system does.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name[:180]}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
