@@ -1,0 +1,151 @@
+"""The networks as torch modules, and the ImageNet weights of their first layers."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from histoseg_fast.errors import PlanError, UsageError
+from histoseg_fast.models import architectures
+from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, Layer
+
+
+class SegmentationNetwork(nn.Module):
+    """A network of the paper: normalised RGB (N, 3, H, W) float to logits (N, classes, H, W).
+
+    H and W must be multiples of `stride`. Tensor names are `features.conv1_1.weight`, `head.up2.bias`
+    and so on; they are the names in checkpoints and in the plan's ONNX member.
+    """
+
+    def __init__(self, arch: str, classes: int = 3):
+        super().__init__()
+        self.arch, self.classes, self.stride = arch, classes, architectures.stride(arch)
+        self.features, channels = _stack(architectures.features(arch), 3)
+        self.head, _ = _stack(architectures.head(arch, classes), channels, last_relu=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                # fan_out of a 2x2 stride-2 transposed convolution is what one output pixel sums over.
+                mode = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
+                nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+def _stack(layers: tuple[Layer, ...], channels: int, last_relu: bool = True) -> tuple[nn.Sequential, int]:
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, layer in enumerate(layers):
+        if layer.kind == "pool":
+            modules[layer.name] = nn.MaxPool2d(2)
+            continue
+        if layer.kind == "conv":
+            modules[layer.name] = nn.Conv2d(channels, layer.channels, layer.kernel, padding=layer.kernel // 2)
+        else:
+            modules[layer.name] = nn.ConvTranspose2d(channels, layer.channels, 2, stride=2)
+        channels = layer.channels
+        if last_relu or i < len(layers) - 1:
+            modules[f"{layer.name}_relu"] = nn.ReLU(inplace=True)
+    return nn.Sequential(modules), channels
+
+
+class UInt8Network(nn.Module):
+    """The network as engines see it: uint8 RGB (N, H, W, 3) in, normalised inside, float32 logits (N, C, H, W) out."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD))
+        shift = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        self.register_buffer("shift", shift.view(1, 3, 1, 1))
+
+    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        x = rgb.permute(0, 3, 1, 2).float()
+        return self.network(x * self.scale + self.shift).float()
+
+
+# torchvision numbers VGG16's layers in one sequence; these are the convolutions that the paper's networks use.
+_TORCHVISION = {"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv2_2": 7, "conv3_1": 10, "conv3_2": 12}
+# Gatys' activation-normalised VGG files number them so, behind a 1x1 convolution (0) that takes RGB in 0..1.
+_NORMALISED = {"conv1_1": 2, "conv1_2": 5, "conv2_1": 9, "conv2_2": 12, "conv3_1": 16, "conv3_2": 19}
+
+
+def load_features(network: SegmentationNetwork, source: str) -> list[str]:
+    """Load ImageNet weights into `network.features`; return the names of the layers that got them.
+
+    `source` is "imagenet" (torchvision's VGG16 file, downloaded once and checked against the hash in its
+    name), "none", or a local file: torchvision's .pth (loaded without running pickled code), .safetensors
+    or .npz with torchvision's names, or an .npz of activation-normalised VGG weights (0 = 1x1 preprocessing).
+    Raises UsageError when offline, PlanError when a file does not hold such weights.
+    """
+    if source == "none":
+        return []
+    tensors = _imagenet() if source == "imagenet" else _read_tensors(Path(source))
+    names = {n.removeprefix("features."): t for n, t in tensors.items()}
+    normalised = "0.weight" in names and tuple(names["0.weight"].shape) == (3, 3, 1, 1)
+    numbers = _NORMALISED if normalised else _TORCHVISION
+    loaded = []
+    state = network.features.state_dict()
+    for layer, number in numbers.items():
+        if f"{layer}.weight" not in state or f"{number}.weight" not in names:
+            continue
+        for part in ("weight", "bias"):
+            tensor = names.get(f"{number}.{part}")
+            if tensor is None or tensor.shape != state[f"{layer}.{part}"].shape:
+                raise PlanError(f"{number}.{part} has not the shape of VGG's {layer}", where=source)
+            state[f"{layer}.{part}"] = tensor.float()
+        loaded.append(layer)
+    if not loaded:
+        raise PlanError("holds no VGG convolutions", where=source, fix="give torchvision's vgg16 file")
+    if normalised:
+        _fold_preprocessing(state, names)
+    network.features.load_state_dict(state)
+    return loaded
+
+
+def _fold_preprocessing(state: dict[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:
+    """Fold x01 -> A x01 + b and our own normalisation (x01 = std * n + mean) into conv1_1."""
+    matrix = names["0.weight"].double().squeeze(-1).squeeze(-1)
+    bias = names["0.bias"].double()
+    weight = state["conv1_1.weight"].double()
+    shift = matrix @ torch.tensor(IMAGENET_MEAN, dtype=torch.float64) + bias
+    state["conv1_1.bias"] = (state["conv1_1.bias"].double() + torch.einsum("oikl,i->o", weight, shift)).float()
+    matrix = matrix * torch.tensor(IMAGENET_STD, dtype=torch.float64)
+    state["conv1_1.weight"] = torch.einsum("oikl,ij->ojkl", weight, matrix).float()
+
+
+def _imagenet() -> Mapping[str, torch.Tensor]:
+    from torchvision.models import VGG16_Weights
+
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise UsageError(
+            f"VGG16's ImageNet weights could not be downloaded ({error})",
+            fix="give a local copy with --weights FILE (torchvision's vgg16-397923af.pth), or --weights none",
+        ) from error
+    except RuntimeError as error:
+        raise PlanError(f"the downloaded VGG16 file is damaged ({error})", fix="run again to download anew") from error
+
+
+def _read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: torch.from_numpy(archive[name]) for name in archive.files}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError("no such file", where=path, fix="--weights takes imagenet, none or a file") from None
+    except Exception as error:  # whatever a damaged or hostile file makes three readers raise
+        raise PlanError(f"cannot be read as weights ({error})", where=path) from error

@@ -1,0 +1,43 @@
+"""Checkpoints: safetensors files of tensors with a JSON description in the header. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from histoseg_fast.errors import PlanError
+from histoseg_fast.files import atomic_write
+
+FORMAT = "histoseg-fast checkpoint 1"
+REQUIRED = ("arch", "classes", "colours", "normalisation", "training")
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
+    """Write `tensors` and `description` (architecture, classes, normalisation, scores, ...) to `path`, whole or not at all."""
+    header = {"format": FORMAT, "description": json.dumps(description, sort_keys=True)}
+    payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
+    with atomic_write(path, durable=True) as stream:
+        stream.write(payload)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and description of a checkpoint; PlanError if it is not one."""
+    try:
+        with safe_open(str(path), framework="pt") as archive:
+            header = archive.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise PlanError(f"is not a {FORMAT!r}", where=path, fix="give a file that `train` wrote")
+            description = json.loads(header["description"])
+            if missing := [key for key in REQUIRED if key not in description]:
+                raise PlanError(f"lacks {', '.join(missing)} in its description", where=path)
+            return {name: archive.get_tensor(name) for name in archive.keys()}, description  # noqa: SIM118
+    except FileNotFoundError:
+        raise PlanError("no such checkpoint", where=path) from None
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise PlanError(f"cannot be read as a checkpoint ({error})", where=path) from error
