@@ -1,0 +1,93 @@
+"""The CPU engine: OpenVINO on the plan's ONNX, one compiled model for every image size."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino.properties as properties
+import openvino.properties.hint as hint
+
+from histoseg_fast.engines.base import Engine, Slot
+from histoseg_fast.errors import EngineError, PlanError
+from histoseg_fast.machine import available_cores
+from histoseg_fast.plan import MODEL, Plan
+
+PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
+
+
+class OpenVINOSlot(Slot):
+    """A slot with an infer request of its own, which reads `input` where it lies."""
+
+    def __init__(self, request: ov.InferRequest):
+        super().__init__()
+        self.request = request
+
+
+class OpenVINOEngine(Engine):
+    """Runs a plan on the CPU in "fp32" or "bf16" with `threads` threads (0: every core the process may use)."""
+
+    device = "cpu"
+
+    def __init__(self, plan: Plan, precision: str, threads: int = 0):
+        self.precision = precision
+        self.name = f"OpenVINO {ov.__version__.split('-')[0]}"
+        self._classes = len(plan.palette.names)
+        core = ov.Core()
+        try:
+            model = core.read_model(plan.members[MODEL])
+        except RuntimeError as error:
+            raise PlanError(f"{MODEL} is not a network OpenVINO can read ({_first_line(error)})", where=plan.path) from error
+        self._check(model, plan)
+        settings = {
+            hint.inference_precision: PRECISIONS[precision],
+            hint.execution_mode: hint.ExecutionMode.ACCURACY if precision == "fp32" else hint.ExecutionMode.PERFORMANCE,
+            properties.num_streams: 1,
+            properties.inference_num_threads: threads or available_cores(),
+        }
+        try:
+            self._compiled = core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO could not compile the network ({_first_line(error)})", where=plan.path) from error
+
+    def _check(self, model: ov.Model, plan: Plan) -> None:
+        """The graph must be what the manifest says: uint8 (n, h, w, 3) in, float logits (n, C, h, w) out."""
+        if len(model.inputs) != 1 or len(model.outputs) != 1:
+            raise PlanError(f"{MODEL} must have one input and one output", where=plan.path)
+        source, logits = model.input(0), model.output(0)
+        shape, out = source.partial_shape, logits.partial_shape
+        if source.element_type != ov.Type.u8 or len(shape) != 4 or shape[3] != 3 or any(d.is_static for d in shape[:3]):
+            raise PlanError(f"{MODEL} must take uint8 (n, h, w, 3) of any size, not {shape}", where=plan.path)
+        if logits.element_type != ov.Type.f32 or len(out) != 4 or out[1] != self._classes:
+            raise PlanError(f"{MODEL} must give float32 (n, {self._classes}, h, w), not {out}", where=plan.path)
+
+    def slots(self, count: int) -> list[Slot]:
+        return [OpenVINOSlot(self._compiled.create_infer_request()) for _ in range(count)]
+
+    def submit(self, slot: Slot) -> None:
+        assert isinstance(slot, OpenVINOSlot)
+        try:
+            slot.request.set_input_tensor(ov.Tensor(slot.input, shared_memory=True))
+            slot.request.start_async()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO refused a batch {slot.input.shape} ({_first_line(error)})") from error
+
+    def wait(self, slot: Slot) -> np.ndarray:
+        assert isinstance(slot, OpenVINOSlot)
+        try:
+            slot.request.wait()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed on a batch {slot.input.shape} ({_first_line(error)})") from error
+        slot.logits = slot.request.get_output_tensor().data
+        n, h, w, _ = slot.input.shape
+        if slot.logits.shape != (n, self._classes, h, w):
+            raise EngineError(f"the network gave logits {slot.logits.shape} for a batch {slot.input.shape}")
+        return slot.logits
+
+    def close(self) -> None:
+        del self._compiled
+
+
+def _first_line(error: Exception) -> str:
+    """The last line of OpenVINO's message says what is wrong; those before it say where in its sources."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,47 @@
+"""What this machine is: CPU flags and cores, without importing anything heavy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+"""The CPU abilities that decide which precision is fast here."""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Those of `FLAGS` that the CPU has; empty where the system does not tell (then only fp32 is offered)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
+    return frozenset(FLAGS) & frozenset(found)
+
+
+def cpu_name() -> str:
+    """The CPU's model name, or "unknown"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def available_cores() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

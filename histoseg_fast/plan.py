@@ -1,0 +1,217 @@
+"""The plan file: one ZIP that holds a network, its engines and what is known of them.
+
+Members are stored, not deflated, in a fixed order with fixed dates, so equal content gives equal bytes.
+A plan is untrusted: everything is checked when it is read (names, sizes, digests, required fields and their
+ranges) before any of it reaches an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from histoseg_fast.errors import LabelError, PlanError, UsageError
+from histoseg_fast.files import atomic_write
+from histoseg_fast.labels import Palette
+from histoseg_fast.tiling import check_tile
+
+FORMAT, VERSION = "histoseg-fast plan", 1
+MANIFEST, MODEL = "manifest.json", "model.onnx"
+MAX_PLAN_BYTES = 1 << 30
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_MEMBERS = 64
+MAX_STRIDE = 1024
+MAX_HALO = 8192
+MAX_TILE = 1 << 15
+_MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za-z0-9._-]{0,120})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# In ONNX's protobuf, a tensor kept outside the model names its file under the key "location"
+# (field 1, length 8). A plan is complete in itself, so such a reference is an attempt to read other files.
+_EXTERNAL_DATA = b"\x0a\x08location"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A verified plan: `manifest` as JSON values and the bytes of the other `members` by name."""
+
+    manifest: Mapping[str, Any]
+    members: Mapping[str, bytes]
+    sha256: str
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's name, e.g. "final"."""
+        return str(self.manifest["name"])
+
+    @cached_property
+    def palette(self) -> Palette:
+        """Classes and colours; class ids are positions."""
+        classes = self.manifest["classes"]
+        return Palette(tuple(c["name"] for c in classes), tuple(tuple(c["colour"]) for c in classes))
+
+    @property
+    def stride(self) -> int:
+        """Image sides are padded to a multiple of this many pixels."""
+        return int(self.manifest["stride"])
+
+    @property
+    def halo(self) -> int:
+        """Pixels of context a tile carries on each side that is not the image's edge; a multiple of the stride."""
+        return int(self.manifest["halo"])
+
+    @property
+    def tile(self) -> int:
+        """Default tile size in pixels, halo included."""
+        return int(self.manifest["tile"]["default"])
+
+    def agreement(self, precision: str) -> float | None:
+        """Measured share of pixels whose class equals fp32's, or None where it was not measured."""
+        value = self.manifest["precisions"].get(precision, {}).get("agreement")
+        return None if value is None else float(value)
+
+
+def write_plan(path: str | Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> Plan:
+    """Write a plan, whole or not at all, and return it as read back. `members` must hold model.onnx.
+
+    `format`, `version` and `members` (size and sha256 of each) are added to the manifest. Raises PlanError
+    if what was given does not make a valid plan.
+    """
+    data = pack(manifest, members)
+    plan = unpack(data, Path(path))
+    with atomic_write(path, durable=True) as stream:
+        stream.write(data)
+    return plan
+
+
+def pack(manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> bytes:
+    """The bytes of a plan file; see `write_plan`."""
+    digests = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(members.items())
+    }
+    full = {**manifest, "format": FORMAT, "version": VERSION, "members": digests}
+    text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in ((MANIFEST, text), *sorted(members.items())):
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, data)
+    return stream.getvalue()
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read and verify a plan file. Raises PlanError, in one line, for anything that is not a sound plan."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_PLAN_BYTES + 1)
+    except FileNotFoundError:
+        raise PlanError("no such plan", where=path) from None
+    except OSError as error:
+        raise PlanError(f"cannot be read ({error.strerror})", where=path) from error
+    return unpack(data, path)
+
+
+def unpack(data: bytes, path: Path | None = None) -> Plan:
+    """The plan held by `data`; `path` is named in errors. See `read_plan`."""
+    try:
+        manifest, members = _unpack(data)
+        plan = Plan(manifest, members, hashlib.sha256(data).hexdigest(), path)
+        _check_manifest(plan)
+    except (PlanError, UsageError) as error:
+        raise PlanError(error.what, where=path, fix=error.fix) from None
+    return plan
+
+
+def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+    if len(data) > MAX_PLAN_BYTES:
+        raise PlanError(f"is larger than {MAX_PLAN_BYTES >> 20} MiB, the limit for a plan")
+    if not data.startswith(b"PK\x03\x04"):
+        raise PlanError("is not a plan file", fix="make one with `histoseg-fast compile`")
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        infos = archive.infolist()
+        _check_members(infos, len(data))
+        contents = {info.filename: archive.read(info) for info in infos}
+        manifest = json.loads(contents.pop(MANIFEST).decode("utf-8"))
+    except PlanError:
+        raise
+    except RecursionError:
+        raise PlanError("has a manifest nested too deep") from None
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise PlanError(f"is damaged ({error})", fix="copy or compile it again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise PlanError("is a ZIP file but not a plan", fix="make one with `histoseg-fast compile`")
+    if manifest.get("version") != VERSION:
+        raise PlanError(
+            f"has plan version {manifest.get('version')!r}, this program reads {VERSION}", fix="compile it again"
+        )
+    return manifest, contents
+
+
+def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
+    names = [info.filename for info in infos]
+    if len(infos) > MAX_MEMBERS or len(set(names)) != len(names):
+        raise PlanError("has too many members, or one twice")
+    for info in infos:
+        if not _MEMBER_NAME.fullmatch(info.filename):
+            raise PlanError(f"has a member that no plan has: {info.filename[:80]!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise PlanError(f"member {info.filename} is compressed or encrypted; plans are stored")
+        if info.file_size > size or info.filename == MANIFEST and info.file_size > MAX_MANIFEST_BYTES:
+            raise PlanError(f"member {info.filename} claims {info.file_size} bytes")
+    if missing := [name for name in (MANIFEST, MODEL) if name not in names]:
+        raise PlanError(f"lacks {' and '.join(missing)}")
+
+
+def _check_manifest(plan: Plan) -> None:
+    """Required fields, their types and ranges, and the digest of every member."""
+    manifest, members = plan.manifest, plan.members
+    listed = _field(manifest, "members", dict)
+    if set(listed) != set(members):
+        raise PlanError("holds other members than its manifest lists")
+    for name, data in members.items():
+        digest = listed[name].get("sha256") if isinstance(listed[name], dict) else None
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest) or digest != hashlib.sha256(data).hexdigest():
+            raise PlanError(f"member {name} does not match its digest", fix="copy or compile the plan again")
+    if _EXTERNAL_DATA in members[MODEL]:
+        raise PlanError(f"{MODEL} refers to files outside the plan")
+    for key in ("name", "arch", "precision"):
+        _field(manifest, key, str)
+    for key in ("training", "scores", "made_with", "normalisation"):
+        _field(manifest, key, dict)
+    stride, halo = _integer(manifest, "stride", 1, MAX_STRIDE), _integer(manifest, "halo", 0, MAX_HALO)
+    tile = _integer(_field(manifest, "tile", dict), "default", 1, MAX_TILE)
+    if halo % stride:
+        raise PlanError(f"has halo {halo}, no multiple of its stride {stride}")
+    check_tile(tile, halo, stride)
+    for precision, measured in _field(manifest, "precisions", dict).items():
+        agreement = measured.get("agreement") if isinstance(measured, dict) else "none"
+        if agreement is not None and not (isinstance(agreement, int | float) and 0 <= agreement <= 1):
+            raise PlanError(f"has no valid agreement for {str(precision)[:20]!r}")
+    try:
+        _ = plan.palette
+    except (LabelError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"has no valid classes ({error})") from error
+
+
+def _field(values: Mapping[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(values.get(key), kind):
+        raise PlanError(f"has no valid {key!r} in its manifest")
+    return values[key]
+
+
+def _integer(values: Mapping[str, Any], key: str, least: int, most: int) -> int:
+    value = values.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise PlanError(f"has {key!r} = {str(value)[:40]} in its manifest; {least} to {most} is allowed")
+    return value

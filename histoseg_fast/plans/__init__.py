@@ -1,0 +1,20 @@
+"""The plans that ship with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from histoseg_fast.errors import PlanError
+from histoseg_fast.plan import Plan, read_plan
+
+FOLDER = Path(__file__).parent
+SHIPPED = ("final",)
+
+
+def open_plan(name: str) -> Plan:
+    """The plan in the file `name`, or the shipped plan of that name. Raises PlanError."""
+    if name in SHIPPED and not Path(name).is_file():
+        return read_plan(FOLDER / f"{name}.plan")
+    if not Path(name).exists():
+        raise PlanError("no such plan", where=name, fix=f"give a .plan file, or a shipped plan: {', '.join(SHIPPED)}")
+    return read_plan(name)
