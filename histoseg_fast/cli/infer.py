@@ -1,0 +1,127 @@
+"""`histoseg-fast infer`: images in, masks out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from histoseg_fast.errors import one_line
+
+if TYPE_CHECKING:
+    from histoseg_fast.engines import Engine
+    from histoseg_fast.pipeline.stream import Stream
+
+NAME = "infer"
+REPORT_SECONDS = 10.0
+"""Off a terminal, a line of progress at most this often."""
+
+
+def command(
+    inputs: list[str] = typer.Argument(..., metavar="INPUT...", help="Images, folders (recursive) or glob patterns."),
+    engine: str = typer.Option("final", help="A plan file, or the name of a shipped plan."),
+    out: Path = typer.Option(Path("out"), help="Folder for masks/, summary.csv, manifest.jsonl and run.json."),
+    device: str = typer.Option("auto", help="auto, cpu or cuda."),
+    precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
+    tile: int = typer.Option(0, min=0, help="Tile size in pixels, halo included (0: the plan's)."),
+    batch: int = typer.Option(1, min=1, max=1024, help="Tiles in a batch."),
+    threads: int = typer.Option(0, min=0, max=1024, help="CPU threads of the engine (0: every core)."),
+    overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),
+    probabilities: bool = typer.Option(False, "--probabilities", help="Also write class probabilities (8-bit TIFF)."),
+) -> int:
+    """Segment images: masks, overlays and a summary of areas, streamed through the engine.
+
+    A second run over the same folder skips what is complete and unchanged. Exit codes: 0 all done,
+    3 some inputs failed (each named), 130 or 143 interrupted.
+    """
+    from histoseg_fast.pipeline.run import InferOptions, Progress, infer
+    from histoseg_fast.plans import open_plan
+
+    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities)
+    display = Display(out)
+    try:
+        totals, record = infer(
+            open_plan(engine), inputs, out, options, Progress(display.start, display.image, display.poll)
+        )
+    finally:
+        display.close()
+    print(
+        f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; {display.rate(record['wall_seconds'])}; "
+        f"{record['plan']} plan on {record['device']}, {record['engine']}, {record['precision']}; results in {out}"
+    )
+    if display.signal:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 128 + display.signal
+    return 3 if totals.failed else 0
+
+
+class Display:
+    """Progress for a person (a bar on a terminal) or a log (a line now and then), and what signals do.
+
+    The first Ctrl-C or SIGTERM lets the stream finish what is in flight; a second Ctrl-C ends at once.
+    """
+
+    def __init__(self, out: Path):
+        self.signal = 0
+        self._out, self._bar, self._stream, self._total = out, None, None, 0
+        self._terminal = sys.stderr.isatty()
+        self._last = self._started = time.perf_counter()
+        self._handlers: dict[int, Any] = {}
+
+    def start(self, engine: Engine, images: int, stream: Stream) -> None:
+        self._stream, self._total = stream, images
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._interrupt)
+        print(f"{images} image(s) on {engine.device}: {engine.name}, {engine.precision}", file=sys.stderr)
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=images, rate="")
+            self._bar.start()
+
+    def image(self, entry: dict[str, Any]) -> None:
+        if entry["status"] == "failed":
+            self._print(f"failed: {one_line(entry['error'])}")
+        for warning in entry.get("warnings", ()):
+            self._print(f"{one_line(entry['input'])}: {warning}")
+
+    def poll(self) -> None:
+        totals, now = self._stream.totals, time.perf_counter()
+        over = totals.done + totals.failed + totals.skipped
+        if self._bar is not None:
+            self._bar.update(self._task, completed=over, rate=self.rate(now - self._started))
+        elif now - self._last > REPORT_SECONDS:
+            self._last = now
+            self._print(f"{over} of {self._total}; {self.rate(now - self._started)}")
+
+    def rate(self, seconds: float) -> str:
+        """Throughput so far, in words."""
+        totals = self._stream.totals
+        return f"{totals.done / seconds:.2f} images/s, {totals.pixels / 1e6 / seconds:.2f} megapixels/s"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if self.signal and number == signal.SIGINT:
+            os._exit(128 + number)  # whatever is half written bears a temporary name, and the next run removes it
+        self.signal = number
+        self._stream.stop()
+        print(f"{signal.Signals(number).name}: finishing what is in flight", file=sys.stderr)
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr)

@@ -1,0 +1,62 @@
+"""`histoseg-fast train`: image / label pairs in, a checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+NAME = "train"
+
+
+def command(
+    data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and, if there, split.csv."),
+    out: Path = typer.Option(..., help="Folder for best.safetensors, last.safetensors and history.jsonl."),
+    arch: str = typer.Option("final", help="one, two, three or final (the paper's networks)."),
+    epochs: int = typer.Option(40, min=1, help="Epochs in all; a resumed run goes on up to it."),
+    batch: int = typer.Option(4, min=1, help="Crops a step."),
+    lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
+    decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
+    crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
+    weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, or a local file."),
+    seed: int = typer.Option(0, min=0, help="Same seed, same machine: same result."),
+    average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
+    precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
+    compile_: bool = typer.Option(
+        None, "--compile/--no-compile", help="torch.compile (default: where it works, and it is said where not)."
+    ),
+    tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette (RGB distance)."),
+    noise: float = typer.Option(0.0, min=0.0, help="Gaussian noise: standard deviation up to this many grey levels."),
+    turns: bool = typer.Option(False, "--turns", help="Turn crops by multiples of 90 degrees."),
+    scale: float = typer.Option(0.0, min=0.0, max=2.0, help="Scale crops by up to 1 + this, either way."),
+    stain: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary haematoxylin and eosin by up to this share."),
+    colour: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary brightness and contrast by up to this share."),
+) -> None:
+    """Train a network of the paper on labelled images (mirrored three ways, random crops).
+
+    Run again with the same --out to resume after an interruption, to the same result.
+    """
+    from histoseg_fast.extras import need
+    from histoseg_fast.models.architectures import check_architecture
+
+    check_architecture(arch)
+    need("train", "torch", "torchvision", "safetensors")
+    from histoseg_fast.training.augment import Augmentation
+    from histoseg_fast.training.loop import TrainingOptions, train
+
+    options = TrainingOptions(
+        arch=arch,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        decay=decay,
+        crop=crop,
+        weights=weights,
+        seed=seed,
+        average=average,
+        precision=precision,
+        compile={None: "auto", True: "on", False: "off"}[compile_],
+        tolerance=tolerance,
+        augmentation=Augmentation(noise, turns, scale, stain, colour),
+    )
+    train(data, out, options, lambda line: print(line, flush=True))

@@ -1,0 +1,157 @@
+"""What a run leaves behind beside the masks: manifest.jsonl, summary.csv, run.json; and what a resumed run reads."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from histoseg_fast.errors import HistosegError, UsageError
+from histoseg_fast.files import atomic_write
+
+MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
+OUTPUTS = ("mask", "overlay", "probabilities")
+"""Manifest keys of output files; each has a sibling `<key>_sha256`."""
+
+
+class Manifest:
+    """DIR/manifest.jsonl: a line an image, appended as images finish; the last line of an image counts.
+
+    Opening it reads what an earlier run left (a torn last line, from a kill, is dropped) and locks the
+    folder: a second run into the same folder raises UsageError.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out / MANIFEST
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock_file = _lock(out / LOCK)
+        self._lock = threading.Lock()
+        self.entries: dict[str, dict[str, Any]] = {}
+        whole = 0
+        if self.path.exists():
+            with open(self.path, "rb") as stream:
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    whole += len(line)
+                    with contextlib.suppress(ValueError):
+                        entry = json.loads(line)
+                        if isinstance(entry, dict) and isinstance(entry.get("input"), str):
+                            self.entries[entry["input"]] = entry
+        self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+        self._stream.truncate(whole)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append the line of one image; it is in the file when this returns."""
+        line = json.dumps(entry, ensure_ascii=True) + "\n"
+        with self._lock:
+            self.entries[entry["input"]] = entry
+            self._stream.write(line.encode("ascii"))
+            self._stream.flush()
+
+    def complete(self, name: str, sha256: str, key: str, out: Path) -> bool:
+        """Whether image `name` with digest `sha256` is done under the same plan and options (`key`), outputs intact."""
+        entry = self.entries.get(name)
+        if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
+            return False
+        return all(
+            _digest(out / entry[kind]) == entry.get(f"{kind}_sha256") for kind in OUTPUTS if entry.get(kind) is not None
+        )
+
+    def close(self) -> None:
+        """Close the file and give the folder free."""
+        self._stream.close()
+        self._lock_file.close()
+
+
+def _lock(path: Path) -> io.IOBase:
+    stream = open(path, "ab")  # noqa: SIM115 (the lock lives as long as the file is open)
+    try:
+        import fcntl
+    except ImportError:  # Windows: opened for appending by two runs, it is not refused there
+        return stream
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        if isinstance(error, BlockingIOError):
+            raise UsageError("another run is writing here", where=path.parent, fix="wait for it, or use another --out") from None
+    return stream
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(stream)
+    except OSError:
+        return None
+
+
+def _digest_310(stream: io.BufferedReader) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def run_key(plan_sha256: str, options: Mapping[str, Any]) -> str:
+    """Digest of all that decides what an image's outputs are, beside the image itself."""
+    return hashlib.sha256(json.dumps([plan_sha256, options], sort_keys=True).encode()).hexdigest()
+
+
+def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tuple[str, ...]) -> None:
+    """DIR/summary.csv, a row for each done image in the order of names, the same for any order of work.
+
+    Columns: image, width, height (pixels), for each class its pixels and share of the image, tumour_stroma_ratio
+    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1).
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
+    writer.writerow(["image", "width", "height", *columns, "tumour_stroma_ratio", "mean_confidence"])
+    for entry in sorted(entries, key=lambda e: e["input"]):
+        if entry["status"] != "done":
+            continue
+        counts = [int(entry["pixels"][name]) for name in classes]
+        total = sum(counts)
+        shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
+        ratio = tumour_stroma_ratio(entry["pixels"])
+        writer.writerow(
+            [entry["input"], entry["width"], entry["height"], *shares]
+            + ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
+        )
+    with atomic_write(out / SUMMARY) as stream:
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def tumour_stroma_ratio(pixels: Mapping[str, int]) -> float | None:
+    """Cancer pixels over cancer and stroma pixels; None without either class."""
+    cancer, stroma = pixels.get("cancer", 0), pixels.get("stroma", 0)
+    return cancer / (cancer + stroma) if cancer + stroma else None
+
+
+def write_run(out: Path, record: Mapping[str, Any]) -> None:
+    """DIR/run.json."""
+    with atomic_write(out / RUN) as stream:
+        stream.write((json.dumps(record, indent=1, default=os.fspath) + "\n").encode())
+
+
+def clear_partials(out: Path) -> None:
+    """Remove the half-written files that a killed run left in `out`; the lock must be held."""
+    from histoseg_fast.files import TEMPORARY_SUFFIX
+
+    for folder, _, files in os.walk(out):
+        for file in files:
+            if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, file))
+
+
+__all__ = ["HistosegError", "Manifest", "clear_partials", "run_key", "tumour_stroma_ratio", "write_run", "write_summary"]

@@ -1,0 +1,145 @@
+"""The bounded ring of batch slots between the readers, the engine and the stitcher."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from histoseg_fast.engines.base import Engine, Slot
+from histoseg_fast.errors import EngineError
+
+if TYPE_CHECKING:
+    from histoseg_fast.pipeline.job import Job
+
+
+class Stopped(Exception):
+    """The ring was stopped while a thread waited on it."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile (row, column) of the grid of `job`."""
+
+    job: Job
+    row: int
+    column: int
+
+
+@dataclass
+class Batch:
+    """A slot on its way: `tiles[i]` fills `slot.input[i]`; None is a place whose image failed."""
+
+    slot: Slot
+    shape: tuple[int, int]
+    capacity: int
+    tiles: list[Tile | None] = field(default_factory=list)
+    filled: int = 0
+    closed: bool = False
+    submitted: float = 0.0
+
+
+class Ring:
+    """Hands out places in batches, submits full batches, and gives them back in order of submission.
+
+    All tiles of a batch have one shape: a tile of another shape closes the open batch, full or not. A place
+    that was taken must be filled before the same thread takes another, so a waiting thread never holds up a batch.
+    """
+
+    def __init__(self, engine: Engine, depth: int, batch: int):
+        self.engine, self.batch = engine, batch
+        self._free: deque[Slot] = deque(engine.slots(depth))
+        self._submitted: deque[Batch] = deque()
+        self._open: Batch | None = None
+        self._pending = 0
+        self._finished = self._stopped = False
+        self._changed = threading.Condition()
+
+    def take(self, shape: tuple[int, int]) -> tuple[Batch, int, np.ndarray]:
+        """A place for one tile of `shape`: its batch, its index there, and the memory to fill, uint8 (h, w, 3)."""
+        with self._changed:
+            while True:
+                if self._stopped:
+                    raise Stopped
+                if self._open is not None and self._open.shape != shape:
+                    self._close_open()
+                if self._open is None and self._free:
+                    self._open = Batch(self._free.popleft(), shape, self.batch)
+                    self._open.slot.reshape(self.batch, *shape)
+                    self._pending += 1
+                if self._open is not None:
+                    batch = self._open
+                    batch.tiles.append(None)
+                    index = len(batch.tiles) - 1
+                    if len(batch.tiles) == batch.capacity:
+                        self._close_open()
+                    return batch, index, batch.slot.input[index]
+                self._changed.wait()
+
+    def fill(self, batch: Batch, index: int, tile: Tile | None) -> None:
+        """Say that place `index` holds `tile` now (None: nothing of use); the last place of a closed batch submits it."""
+        with self._changed:
+            batch.tiles[index] = tile
+            batch.filled += 1
+            self._submit_if_ready(batch)
+
+    def _close_open(self) -> None:
+        batch, self._open = self._open, None
+        assert batch is not None
+        batch.closed = True
+        self._submit_if_ready(batch)
+
+    def _submit_if_ready(self, batch: Batch) -> None:
+        if not batch.closed or batch.filled < len(batch.tiles) or self._stopped:
+            return
+        if len(batch.tiles) < batch.slot.input.shape[0]:
+            kept = batch.slot.input[: len(batch.tiles)]
+            batch.slot.input = kept
+        batch.submitted = time.perf_counter()
+        self.engine.submit(batch.slot)
+        self._submitted.append(batch)
+        self._changed.notify_all()
+
+    def next(self) -> Batch | None:
+        """The next batch in order of submission (its engine run may not be over), or None after `finish` and the last."""
+        with self._changed:
+            while not self._submitted:
+                if self._stopped:
+                    raise Stopped
+                if self._finished and self._pending == 0:
+                    return None
+                self._changed.wait()
+            return self._submitted.popleft()
+
+    def release(self, batch: Batch) -> None:
+        """Give the slot of `batch` back."""
+        with self._changed:
+            self._pending -= 1
+            self._free.append(batch.slot)
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """No more tiles will come: submit what is open."""
+        with self._changed:
+            if self._open is not None:
+                self._close_open()
+            self._finished = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Wake every waiting thread with Stopped."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait for what the engine still runs, after a stop: its memory must outlive the run."""
+        for batch in self._submitted:
+            with contextlib.suppress(EngineError):
+                self.engine.wait(batch.slot)
+        self._submitted.clear()

@@ -1,0 +1,84 @@
+"""From arguments on the command line to the list of images, each with the name its outputs get."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from histoseg_fast.errors import UsageError
+from histoseg_fast.images import SUFFIXES
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share."""
+
+    path: Path
+    name: str
+    stem: str
+
+
+def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
+    """Every image that `inputs` (files, folders, glob patterns) name, sorted by name, each file once.
+
+    Folders are searched recursively for the known suffixes (hidden files and `out` itself left out) and do
+    not follow links to folders; names are relative to the folder or, for a file or pattern, the file's own
+    name. An image's outputs are called by its name without suffix, unless two images share that; then both
+    keep their suffix. Raises UsageError if an input names nothing, or two inputs would share an output.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for text in inputs:
+        matches = list(_expand(text, out))
+        if not matches:
+            raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(SUFFIXES)))
+        for path, name in matches:
+            found.setdefault(os.path.abspath(path), (path, name))
+    stems = Counter(_stem(name).casefold() for _, name in found.values())
+    sources = [
+        Source(path, name, _stem(name) if stems[_stem(name).casefold()] == 1 else name) for path, name in found.values()
+    ]
+    sources.sort(key=lambda source: source.name)
+    seen: dict[str, Source] = {}
+    for source in sources:
+        if (other := seen.setdefault(source.stem.casefold(), source)) is not source:
+            raise UsageError(
+                f"{other.path} and {source.path} would write the same mask",
+                fix="give their common parent folder, or run them into two --out folders",
+            )
+    return sources
+
+
+def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
+    path = Path(text)
+    if path.is_dir():
+        yield from _walk(path, out)
+    elif path.exists() or path.is_symlink():
+        yield path, path.name
+    elif glob.has_magic(text):
+        for match in sorted(glob.glob(text, recursive=True)):
+            if os.path.isdir(match):
+                yield from _walk(Path(match), out)
+            elif Path(match).suffix.lower() in SUFFIXES:
+                yield Path(match), Path(match).name
+    else:
+        raise UsageError("no such file or folder", where=text)
+
+
+def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
+    skip = os.path.realpath(out)
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) != skip
+        )
+        for file in sorted(files):
+            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
+                path = Path(folder, file)
+                yield path, path.relative_to(root).as_posix()
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))

@@ -1,0 +1,344 @@
+"""The stream: readers, engine, stitcher and writers side by side over a bounded ring of batch slots.
+
+    read + decode -> tiles in batch slots -> engine -> stitch (argmax, crop, paste) -> encode + write
+
+Every arrow is bounded, so a slow stage holds the ones before it up and memory depends on the ring alone.
+An image that fails at any stage costs that image; an engine that fails, or a full disk, ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from histoseg_fast.engines.base import Engine
+from histoseg_fast.errors import EngineError, HistosegError, ImageError
+from histoseg_fast.images import open_image
+from histoseg_fast.pipeline.job import Band, Job, Outputs
+from histoseg_fast.pipeline.records import Manifest
+from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
+from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.tiling import TileGrid
+
+RING_DEPTH = 3
+"""Batch slots: one filling, one in the engine, one being stitched."""
+QUEUED_BANDS = 2
+"""Bands that may wait for a writer."""
+BIG_IMAGE_PIXELS = 1 << 24
+"""Images above this are read one at a time, whatever the number of readers."""
+FATAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""A write that fails so would fail for every other image too."""
+
+
+@dataclass
+class Totals:
+    """What a run has done so far; `stage_seconds` are summed over images."""
+
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    pixels: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "engine", "stitch", "write"), 0.0))
+
+
+class Stream:
+    """One run of an engine over images.
+
+    sources : what to do, in this order. tile : tile size in pixels, halo included. batch : tiles a batch.
+    key : digest of plan and options, as `Manifest.complete` wants it. on_image : called with each image's
+    manifest entry ("done", "failed" or "skipped") from the thread that finished it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Sequence[Source],
+        outputs: Outputs,
+        manifest: Manifest,
+        *,
+        stride: int,
+        halo: int,
+        tile: int,
+        batch: int = 1,
+        readers: int = 1,
+        writers: int = 1,
+        key: str = "",
+        on_image: Callable[[dict[str, Any]], None] = lambda entry: None,
+    ):
+        self.engine, self.outputs, self.manifest = engine, outputs, manifest
+        self.stride, self.halo, self.tile, self.key, self.on_image = stride, halo, tile, key, on_image
+        self.totals = Totals()
+        self.fatal: BaseException | None = None
+        self._ring = Ring(engine, RING_DEPTH, batch)
+        self._sources: Iterator[tuple[int, Source]] = iter(enumerate(sources))
+        self._queues: list[queue.Queue[tuple[Job, Band | None] | None]] = [
+            queue.Queue(QUEUED_BANDS) for _ in range(writers)
+        ]
+        self._stop, self._dead = threading.Event(), threading.Event()
+        self._lock, self._big = threading.Lock(), threading.Lock()
+        self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
+        self._stitcher = self._thread(self._stitch_batches, "stitcher")
+        self._writers = [self._thread(self._write_bands, f"writer-{i}", q) for i, q in enumerate(self._queues)]
+
+    def run(self, poll: Callable[[], None] = lambda: None) -> Totals:
+        """Work until all is done or stopped; `poll` is called about ten times a second. Raises what ended the run."""
+        for thread in (*self._readers, self._stitcher, *self._writers):
+            thread.start()
+        for thread in self._readers:
+            self._join(thread, poll)
+        if self.fatal is None:
+            try:
+                self._ring.finish()
+            except EngineError as error:
+                self._die(error)
+        self._join(self._stitcher, poll)
+        with contextlib.suppress(Stopped):
+            for waiting in self._queues:
+                self._put(waiting, None)
+        for thread in self._writers:
+            self._join(thread, poll)
+        self._ring.drain()
+        if self.fatal is not None:
+            raise self.fatal
+        return self.totals
+
+    def stop(self) -> None:
+        """Take no new image, give up images of more than one band, finish what is in flight. Safe in a signal handler."""
+        self._stop.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop.is_set()
+
+    # -- threads ---------------------------------------------------------------------------------------
+
+    def _thread(self, work: Callable[..., None], name: str, *arguments: Any) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                work(*arguments)
+            except Stopped:
+                return
+            except BaseException as error:  # a thread must not end unseen: it ends the run
+                self._die(error)
+
+        return threading.Thread(target=guarded, name=name, daemon=True)
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            self.fatal = self.fatal or error
+        self._dead.set()
+        self._ring.stop()
+
+    def _join(self, thread: threading.Thread, poll: Callable[[], None]) -> None:
+        while thread.is_alive():
+            thread.join(0.1)
+            poll()
+
+    def _put(self, target: queue.Queue, item: Any) -> None:
+        while True:
+            try:
+                return target.put(item, timeout=0.2)
+            except queue.Full:
+                if self._dead.is_set():
+                    raise Stopped from None
+
+    # -- readers ---------------------------------------------------------------------------------------
+
+    def _read_images(self) -> None:
+        while not self._stop.is_set() and not self._dead.is_set():
+            with self._lock:
+                number, source = next(self._sources, (-1, None))
+            if source is None:
+                return
+            self._read_image(number, source)
+
+    def _read_image(self, number: int, source: Source) -> None:
+        started = time.perf_counter()
+        try:
+            image = open_image(source.path)
+        except ImageError as error:
+            return self._report({"input": source.name, "status": "failed", "error": str(error)})
+        if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder):
+            image.close()
+            return self._report({"input": source.name, "status": "skipped"})
+        grid = TileGrid.cover(image.height, image.width, self.tile, self.halo, self.stride)
+        job = Job(source, image, grid, self.outputs, number)
+        job.seconds["read"] += time.perf_counter() - started
+        try:
+            if image.width * image.height > BIG_IMAGE_PIXELS:
+                with self._big:
+                    self._read_bands(job)
+            else:
+                self._read_bands(job)
+        except ImageError as error:
+            self._fail(job, error)
+        finally:
+            with contextlib.suppress(ImageError):
+                image.close()
+
+    def _read_bands(self, job: Job) -> None:
+        """Fill the job's tiles in raster order; a single tile is decoded straight into its slot."""
+        grid = job.grid
+        height, width = grid.tile_shape
+        if len(grid.columns) == 1:
+            for row in range(len(grid.rows)):
+                if self._given_up(job):
+                    return
+                batch, index, place = self._ring.take((height, width))
+                tile = None
+                try:
+                    with _Timer(job, "read"):
+                        job.fill_band(row, place)
+                    tile = Tile(job, row, 0)
+                finally:
+                    self._ring.fill(batch, index, tile)
+            return
+        band = np.empty((height, grid.columns[-1].outer_end, 3), np.uint8)
+        for row in range(len(grid.rows)):
+            with _Timer(job, "read"):
+                job.fill_band(row, band)
+            for column, span in enumerate(grid.columns):
+                if self._given_up(job):
+                    return
+                batch, index, place = self._ring.take((height, width))
+                place[...] = band[:, span.outer : span.outer_end]
+                self._ring.fill(batch, index, Tile(job, row, column))
+
+    def _given_up(self, job: Job) -> bool:
+        """Whether to read no further: the image has failed, or the run is stopping and this image has far to go."""
+        if self._stop.is_set() and len(job.grid.rows) > 1 and job.error is None:
+            self._fail(job, Interrupted())
+        return job.error is not None
+
+    # -- stitcher --------------------------------------------------------------------------------------
+
+    def _stitch_batches(self) -> None:
+        free_since = 0.0
+        while (batch := self._ring.next()) is not None:
+            logits = self.engine.wait(batch.slot)
+            now = time.perf_counter()
+            share = (now - max(batch.submitted, free_since)) / len(batch.tiles)
+            free_since = now
+            bands = []
+            for i, tile in enumerate(batch.tiles):
+                if tile is None or tile.job.error is not None:
+                    continue
+                tile.job.seconds["engine"] += share
+                try:
+                    with _Timer(tile.job, "stitch"):
+                        band = tile.job.stitch(tile.row, tile.column, batch.slot.input[i], logits[i])
+                except EngineError as error:
+                    self._fail(tile.job, error)
+                    continue
+                if band is not None:
+                    bands.append((tile.job, band))
+            self._ring.release(batch)
+            for job, band in bands:
+                self._put(self._queue(job), (job, band))
+
+    def _queue(self, job: Job) -> queue.Queue:
+        """All bands of an image go to one writer, in order."""
+        return self._queues[job.number % len(self._queues)]
+
+    def _fail(self, job: Job, error: HistosegError) -> None:
+        if job.fail(error):
+            self._put(self._queue(job), (job, None))
+
+    # -- writers ---------------------------------------------------------------------------------------
+
+    def _write_bands(self, waiting: queue.Queue) -> None:
+        jobs: dict[int, Job] = {}
+        try:
+            while not self._dead.is_set():
+                try:
+                    item = waiting.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                job, band = item
+                jobs[job.number] = job
+                if self._write_band(job, band):
+                    del jobs[job.number]
+        finally:
+            for job in jobs.values():
+                job.abandon()
+
+    def _write_band(self, job: Job, band: Band | None) -> bool:
+        """Write a band, or settle an image that failed (None); whether the image is over."""
+        if band is not None and job.error is not None:
+            return False
+        entry = self._entry(job)
+        try:
+            if band is None:
+                assert job.error is not None
+                raise job.error
+            with _Timer(job, "write"):
+                if not job.write(band):
+                    return False
+                entry |= job.finish()
+        except Interrupted:
+            job.abandon()
+            return True
+        except HistosegError as error:
+            job.abandon()
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in FATAL_ERRNO:
+                raise
+            job.fail(error)
+            self._report({"input": job.source.name, "status": "failed", "error": str(error)}, job)
+            return True
+        self._report(entry | {"status": "done", "error": None}, job)
+        return True
+
+    def _entry(self, job: Job) -> dict[str, Any]:
+        return {
+            "input": job.source.name,
+            "sha256": job.image.sha256,
+            "key": self.key,
+            "engine": self.engine.name,
+            "device": self.engine.device,
+            "precision": self.engine.precision,
+            "warnings": job.image.warnings,
+        }
+
+    def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:
+        if job is not None:
+            entry = entry | {"seconds": {stage: round(s, 6) for stage, s in job.seconds.items()}}
+        if entry["status"] != "skipped":
+            self.manifest.add(entry)
+        with self._lock:
+            setattr(self.totals, entry["status"], getattr(self.totals, entry["status"]) + 1)
+            if entry["status"] == "done":
+                self.totals.pixels += entry["width"] * entry["height"]
+            for stage, seconds in entry.get("seconds", {}).items():
+                self.totals.stage_seconds[stage] += seconds
+        self.on_image(entry)
+
+
+class Interrupted(HistosegError):
+    """The run was stopped before this image was done; it is left for the next run."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted")
+
+
+class _Timer:
+    """Adds the time of a block to one stage of a job."""
+
+    def __init__(self, job: Job, stage: str):
+        self.job, self.stage = job, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.job.seconds[self.stage] += time.perf_counter() - self.started
