@@ -158,8 +158,6 @@ constexpr Deinterleave make_deinterleave() {
     return table;
 }
 
-constexpr int kPrefetch = PREF;
-
 constexpr Deinterleave kDeinterleave = make_deinterleave();
 
 // `size` colours: a constant lets the compiler keep small palettes in registers. `count` is at least 64.
@@ -182,10 +180,6 @@ HISTOSEG_AVX512 HISTOSEG_INLINE bool decode_avx512_sized(const std::uint8_t* rgb
         const __m512i a = _mm512_loadu_si512(from);
         const __m512i b = _mm512_loadu_si512(from + 64);
         const __m512i d = _mm512_loadu_si512(from + 128);
-        // Further than the hardware looks ahead, and harmless past the end.
-        for (int line = 0; line < 3; ++line) {
-            _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetch + 64 * line, _MM_HINT_T0);
-        }
         __m512i plane[3];
         for (int c = 0; c < 3; ++c) {
             plane[c] = _mm512_permutex2var_epi8(_mm512_permutex2var_epi8(a, first[c], b), second[c], d);

@@ -1,0 +1,39 @@
+# `make demo` and `make test` are the two set-up commands: each makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+DIR ?=
+PIP = $(VENV)/bin/python -m pip
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/histoseg-fast demo $(if $(DIR),"$(DIR)")
+
+test: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest benchmarks -o python_files='bench_*.py'
+
+lint: $(VENV)/installed-test
+	$(PIP) install --quiet ruff mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# Editable, so that a change of the Python sources counts at once; a change of csrc/ builds again.
+NATIVE = $(wildcard csrc/* histoseg_fast/*/*.pyx) pyproject.toml setup.py
+
+$(VENV)/installed: $(NATIVE)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(NATIVE)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info
