@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,10 @@ def find_pairs(root: str | Path) -> list[Pair]:
     unknown splits, names twice.
     """
     root = Path(root)
-    images, labels = _by_stem(root / "images"), _by_stem(root / "labels")
-    problems = [f"{name}: image without label" for name in sorted(images.keys() - labels.keys())]
+    problems = [f"{name}/: no such folder" for name in ("images", "labels") if not (root / name).is_dir()]
+    raise_problems(root, problems, fix="a data folder holds images/ and labels/")
+    images, labels = _by_stem(root / "images", problems), _by_stem(root / "labels", problems)
+    problems += [f"{name}: image without label" for name in sorted(images.keys() - labels.keys())]
     problems += [f"{name}: label without image" for name in sorted(labels.keys() - images.keys())]
     names = sorted(images.keys() & labels.keys())
     splits = _read_splits(root / "split.csv", images.keys(), problems)
@@ -67,27 +69,37 @@ def find_pairs(root: str | Path) -> list[Pair]:
     return [Pair(images[n].name, images[n], labels[n], splits[n]) for n in names if n in splits]
 
 
-def raise_problems(root: Path, problems: Sequence[str]) -> None:
+def check_pairs(root: Path, pairs: Iterable[Pair], palette: Palette = PAPER_PALETTE, tolerance: float = 0.0) -> None:
+    """Decode every pair once; raise one DataError that names all that cannot be used."""
+    problems = []
+    for pair in pairs:
+        try:
+            load_pair(pair, palette, tolerance)
+        except HistosegError as error:
+            problems.append(str(error))
+    raise_problems(root, problems)
+
+
+def raise_problems(root: Path, problems: Sequence[str], fix: str | None = None) -> None:
     """Raise one DataError that names all `problems`, if there are any."""
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         text = "; ".join(problems[:PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-        raise DataError(f"{len(problems)} problem(s) in this data folder: {text}", where=root)
+        raise DataError(f"{len(problems)} problem(s) in this data folder: {text}", where=root, fix=fix)
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError("no such folder", where=folder, fix="a data folder holds images/ and labels/")
+def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
+    """The image files of `folder` by name without suffix; what is wrong is appended to `problems`."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             if path.stem in found:
-                raise DataError(f"two files with one name: {found[path.stem].name}, {path.name}", where=folder)
-            found[path.stem] = path
+                problems.append(f"{folder.name}/: two files with one name: {found[path.stem].name}, {path.name}")
+            found.setdefault(path.stem, path)
     return found
 
 
-def _read_splits(path: Path, names: object, problems: list[str]) -> dict[str, str] | None:
+def _read_splits(path: Path, names: Collection[str], problems: list[str]) -> dict[str, str] | None:
     """The split of each stem, or None without a file; what is wrong is appended to `problems`."""
     if not path.exists():
         return None
@@ -95,17 +107,20 @@ def _read_splits(path: Path, names: object, problems: list[str]) -> dict[str, st
         with open(path, newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot be read ({error})", where=path) from error
+        problems.append(f"{path.name} cannot be read ({error})")
+        return None
     if not rows or not {"name", "split"} <= rows[0].keys():
-        raise DataError("has no rows with the columns name and split", where=path)
+        problems.append(f"{path.name} has no rows with the columns name and split")
+        return None
     splits: dict[str, str] = {}
     for row in rows:
-        stem = Path(row["name"] or "").stem
+        name = row["name"] or ""
+        stem = name if name in names else Path(name).stem  # a name without suffix may hold a dot
         if row["split"] not in SPLITS:
             problems.append(f"split.csv: {row['name']} has split {row['split']!r}, not one of {', '.join(SPLITS)}")
         elif stem in splits:
             problems.append(f"split.csv: {row['name']} stands twice")
-        elif stem not in names:  # type: ignore[operator]
+        elif stem not in names:
             problems.append(f"split.csv: {row['name']} has no image")
         else:
             splits[stem] = row["split"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -19,19 +20,19 @@ def command(
     decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
     crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
     weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, or a local file."),
-    seed: int = typer.Option(0, min=0, help="Same seed, same machine: same result."),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
         None, "--compile/--no-compile", help="torch.compile (default: where it works, and it is said where not)."
     ),
-    tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette (RGB distance)."),
+    tolerance: float = typer.Option(0.0, min=0.0, help="How far label colours may be from the palette (RGB distance)."),
     noise: float = typer.Option(0.0, min=0.0, help="Gaussian noise: standard deviation up to this many grey levels."),
     turns: bool = typer.Option(False, "--turns", help="Turn crops by multiples of 90 degrees."),
     scale: float = typer.Option(0.0, min=0.0, max=2.0, help="Scale crops by up to 1 + this, either way."),
     stain: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary haematoxylin and eosin by up to this share."),
     colour: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary brightness and contrast by up to this share."),
-) -> None:
+) -> int:
     """Train a network of the paper on labelled images (mirrored three ways, random crops).
 
     Run again with the same --out to resume after an interruption, to the same result.
@@ -59,4 +60,9 @@ def command(
         tolerance=tolerance,
         augmentation=Augmentation(noise, turns, scale, stain, colour),
     )
-    train(data, out, options, lambda line: print(line, flush=True))
+    try:
+        train(data, out, options, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on after the last whole epoch", file=sys.stderr)
+        return 130
+    return 0

@@ -17,7 +17,7 @@ HED_INVERSE = np.linalg.inv(HED).astype(np.float32)
 class Augmentation:
     """Which augmentations a crop gets; the defaults are the paper's (mirroring is the dataset's own).
 
-    noise : standard deviation of Gaussian noise, in grey levels of 255 (paper, section 3.2).
+    noise : Gaussian noise of a standard deviation up to this, in grey levels of 255 (paper, section 3.2).
     turns : turn by a random multiple of 90 degrees.
     scale : the crop is taken from an area between 1/(1+scale) and 1+scale times its side.
     stain : haematoxylin and eosin are each multiplied by up to 1 +- stain, and shifted by a fifth of it.
@@ -33,7 +33,10 @@ class Augmentation:
     def __call__(
         self, rgb: np.ndarray, ids: np.ndarray, mirror: int, crop: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A crop, RGB uint8 (crop, crop, 3) and ids uint8 (crop, crop), of the image mirrored 0: not, 1: about x, 2: about y."""
+        """A crop, RGB uint8 (crop, crop, 3) and ids uint8 (crop, crop).
+
+        mirror : 0 not, 1 about x (up-down), 2 about y (left-right).
+        """
         side = crop if not self.scale else round(crop * float(np.exp(rng.uniform(-1, 1) * np.log1p(self.scale))))
         rgb, ids = random_crop(rgb, ids, side, rng)
         if side != crop:
@@ -65,7 +68,8 @@ def resize(rgb: np.ndarray, ids: np.ndarray, side: int) -> tuple[np.ndarray, np.
     """Square crop to `side` pixels: the image by antialiased bilinear, the ids by nearest."""
     image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].float()
     image = F.interpolate(image, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    labels = F.interpolate(torch.from_numpy(np.ascontiguousarray(ids))[None, None], size=(side, side), mode="nearest-exact")
+    labels = torch.from_numpy(np.ascontiguousarray(ids))[None, None]
+    labels = F.interpolate(labels, size=(side, side), mode="nearest-exact")
     return image[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy(), labels[0, 0].numpy()
 
 

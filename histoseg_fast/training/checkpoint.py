@@ -19,11 +19,21 @@ REQUIRED = ("arch", "classes", "colours", "normalisation", "training")
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
-    """Write `tensors` and `description` (architecture, classes, normalisation, scores, ...) to `path`, whole or not at all."""
+    """Write `tensors` and `description` (architecture, classes, normalisation, scores, ...) as `write_whole` does."""
     header = {"format": FORMAT, "description": json.dumps(description, sort_keys=True)}
     payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
-    with atomic_write(path, durable=True) as stream:
-        stream.write(payload)
+    write_whole(path, payload)
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write `payload` to `path`; PlanError where that fails, and what `path` held before stays as it was."""
+    try:
+        with atomic_write(path, durable=True) as stream:
+            stream.write(payload)
+    except OSError as error:
+        raise PlanError(
+            f"cannot be written: {error.strerror or error}", where=path, fix="free space or choose another folder"
+        ) from error
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -34,10 +44,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             if header.get("format") != FORMAT:
                 raise PlanError(f"is not a {FORMAT!r}", where=path, fix="give a file that `train` wrote")
             description = json.loads(header["description"])
+            if not isinstance(description, dict):
+                raise PlanError("has a description that is no JSON object", where=path)
             if missing := [key for key in REQUIRED if key not in description]:
                 raise PlanError(f"lacks {', '.join(missing)} in its description", where=path)
             return {name: archive.get_tensor(name) for name in archive.keys()}, description  # noqa: SIM118
     except FileNotFoundError:
         raise PlanError("no such checkpoint", where=path) from None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
         raise PlanError(f"cannot be read as a checkpoint ({error})", where=path) from error

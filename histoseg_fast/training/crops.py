@@ -38,6 +38,10 @@ class CropDataset(Dataset):
     def __len__(self) -> int:
         return len(self._items)
 
+    def name(self, item: int) -> str:
+        """The file name of the image that item comes from."""
+        return self.pairs[self._items[item][0]].name
+
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoded pair `index`, from memory where it is kept."""
         if index not in self._cache:
@@ -54,4 +58,5 @@ class CropDataset(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, item))
         rgb, ids = self.load(index)
         rgb, ids = self.augmentation(rgb, ids, mirror, self.crop, rng)
-        return torch.from_numpy(rgb), torch.from_numpy(ids.astype(np.int64))
+        # Copies: a crop that is the whole image may be the cached array itself.
+        return torch.tensor(rgb), torch.from_numpy(ids.astype(np.int64))

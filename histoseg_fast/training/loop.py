@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from histoseg_fast.data import find_pairs, load_pair
+from histoseg_fast.data import check_pairs, find_pairs, load_pair
 from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
-from histoseg_fast.files import atomic_write
 from histoseg_fast.labels import PAPER_PALETTE, UNMATCHED
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import SegmentationNetwork, UInt8Network, load_features
 from histoseg_fast.tiling import pad_to_stride
 from histoseg_fast.training.augment import Augmentation
-from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint
+from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from histoseg_fast.training.crops import CropDataset
 
 BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.jsonl"
@@ -59,7 +59,8 @@ def train(root: str | Path, out: str | Path, options: TrainingOptions, report: C
     Writes OUT/best.safetensors (lowest validation cross entropy), OUT/last.safetensors (all that resuming
     needs) and OUT/history.jsonl. Where OUT holds an unfinished run of the same options it goes on from the
     last whole epoch, to the same result as without the interruption. `report` gets one line an event.
-    Raises DataError, UsageError, EngineError (loss not finite).
+    Raises DataError (all problems of the data at once, before anything else), UsageError, EngineError (loss not
+    finite: the epoch and the batch's images), PlanError (a file in OUT cannot be read or written).
     """
     run = _Run(Path(root), Path(out), options, report)
     while run.epoch < options.epochs:
@@ -72,7 +73,8 @@ def describe(record: dict[str, Any]) -> str:
     """One line of an epoch's record."""
     val = record["val"]
     return (
-        f"epoch {record['epoch']}: train loss {record['train_loss']:.4f}, val cross entropy {val['cross_entropy']:.4f}, "
+        f"epoch {record['epoch']}: train loss {record['train_loss']:.4f}, "
+        f"val cross entropy {val['cross_entropy']:.4f}, "
         f"accuracy {val['pixel_accuracy']:.4f}, mIoU {val['mean_iou']:.4f}"
     )
 
@@ -82,20 +84,23 @@ class _Run:
 
     def __init__(self, root: Path, out: Path, options: TrainingOptions, report: Callable[[str], None]):
         self.out, self.options, self.report = out, options, report
+        torch.manual_seed(options.seed)
+        self.network = SegmentationNetwork(options.arch, len(PAPER_PALETTE.names))
+        if options.crop % self.network.stride:
+            raise UsageError(f"--crop {options.crop} is no multiple of the network's stride {self.network.stride}")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = _autocast_dtype(options.precision, self.device)
         pairs = find_pairs(root)
         self.val = [p for p in pairs if p.split == "val"]
         train_pairs = [p for p in pairs if p.split == "train"]
         for split, members in (("train", train_pairs), ("val", self.val)):
             if not members:
                 raise DataError(f"the {split} split is empty", where=root, fix="name its images in split.csv")
+        check_pairs(root, [*train_pairs, *self.val], tolerance=options.tolerance)
         self.data = CropDataset(train_pairs, options.crop, options.augmentation, options.seed, options.tolerance)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(options.seed)
-        self.network = SegmentationNetwork(options.arch, len(PAPER_PALETTE.names))
-        if options.crop % self.network.stride:
-            raise UsageError(f"--crop {options.crop} is no multiple of the network's stride {self.network.stride}")
         self.steps = 0
-        self.epoch, self.best = 0, {"val": {"cross_entropy": float("inf")}}
+        self.epoch = 0
+        self.best: dict[str, Any] = {"val": {"cross_entropy": float("inf")}}
         self.sources = {"images": len(train_pairs), "folder": root.resolve().name}
         if (out / LAST).exists():
             self._prepare()
@@ -104,8 +109,7 @@ class _Run:
             layers = load_features(self.network, options.weights)
             report(f"features: {', '.join(layers) or 'none'} from {options.weights}" if layers else "features: random")
             self._prepare()
-            out.mkdir(parents=True, exist_ok=True)
-            (out / HISTORY).unlink(missing_ok=True)
+            write_whole(out / HISTORY, b"")  # a folder that cannot be written is told before the first epoch
         self.step_function = self._compiled()
 
     def _prepare(self) -> None:
@@ -113,7 +117,6 @@ class _Run:
         self.model = UInt8Network(self.network).to(self.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr)
         self.average = {n: p.detach().clone() for n, p in self.network.state_dict().items()}
-        self.dtype = _autocast_dtype(self.options.precision, self.device)
 
     def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The forward pass, compiled where that works here; one line says which."""
@@ -121,13 +124,14 @@ class _Run:
             return self.model
         try:
             compiled = torch.compile(self.model)
-            side = self.options.crop
+            batch, side = self.options.batch, self.options.crop
             with self._autocast():
-                compiled(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)).sum().backward()
+                compiled(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)).sum().backward()
         except Exception as error:  # whatever a missing compiler or backend raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if self.options.compile == "on":
-                raise EngineError(f"torch.compile does not work here ({error})", fix="--no-compile") from error
-            self.report(f"torch.compile does not work here ({str(error).splitlines()[0]}); going on without")
+                raise EngineError(f"torch.compile does not work here ({reason})", fix="--no-compile") from error
+            self.report(f"torch.compile does not work here ({reason}); going on without")
             return self.model
         finally:
             self.optimiser.zero_grad(set_to_none=True)
@@ -144,8 +148,15 @@ class _Run:
         torch.manual_seed(options.seed * 1_000_003 + self.epoch)
         for group in self.optimiser.param_groups:
             group["lr"] = options.lr * options.decay**self.epoch
-        losses = [self._step(rgb, ids) for rgb, ids in self._batches()]
+        losses = []
+        for items, rgb, ids in self._batches():
+            losses.append(self._step(rgb, ids))
+            if not math.isfinite(losses[-1]):
+                names = ", ".join(sorted({self.data.name(item) for item in items}))
+                self._diverged(f"the loss of a batch is {losses[-1]} (crops of {names})")
         val = self.validate()
+        if val["cross_entropy"] is None:
+            self._diverged("the validation cross entropy is not finite")
         seconds = time.perf_counter() - started
         record = {
             "epoch": self.epoch + 1,
@@ -162,12 +173,18 @@ class _Run:
         self._save_state(record)
         self.report(describe(record) + f" ({seconds:.0f} s)" + (" *" if better else ""))
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _diverged(self, what: str) -> NoReturn:
+        kept = f"{self.out / LAST} holds epoch {self.epoch}" if self.epoch else "nothing was saved yet"
+        raise EngineError(f"epoch {self.epoch + 1}: {what}; {kept}", fix="lower --lr, or look at the images")
+
+    def _batches(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Items (indices into the data), RGB and ids of each batch of this epoch."""
         self.data.epoch = self.epoch
-        order = np.random.default_rng((self.options.seed, self.epoch)).permutation(len(self.data))
-        loader = DataLoader(self.data, self.options.batch, sampler=order.tolist())
-        for rgb, ids in loader:
-            yield rgb.to(self.device), ids.to(self.device)
+        order = np.random.default_rng((self.options.seed, self.epoch)).permutation(len(self.data)).tolist()
+        size = self.options.batch
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        for items, (rgb, ids) in zip(batches, DataLoader(self.data, batch_sampler=batches), strict=True):
+            yield items, rgb.to(self.device), ids.to(self.device)
 
     def _step(self, rgb: torch.Tensor, ids: torch.Tensor) -> float:
         self.model.train()
@@ -219,37 +236,55 @@ class _Run:
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{names[i]}.{key}": value for key, value in moments.items()}
         description = self._description(record) | {"epoch": self.epoch, "steps": self.steps, "best": self.best}
-        write_checkpoint(self.out / LAST, tensors, description)
         history = (self.out / HISTORY).read_text().splitlines() if (self.out / HISTORY).exists() else []
-        with atomic_write(self.out / HISTORY) as stream:
-            stream.write(("\n".join([*history[: self.epoch - 1], json.dumps(record)]) + "\n").encode())
+        lines = [*history[: self.epoch - 1], json.dumps(record)]
+        write_whole(self.out / HISTORY, ("\n".join(lines) + "\n").encode())
+        # Last of all: an interruption before it repeats the epoch, and no file misses anything.
+        write_checkpoint(self.out / LAST, tensors, description)
 
     def _resume(self) -> None:
         tensors, description = read_checkpoint(self.out / LAST)
-        theirs = description["training"]["options"]
-        ours = json.loads(json.dumps(asdict(self.options)))
-        if changed := [k for k in ours if k != "epochs" and ours[k] != theirs.get(k)]:
+        try:
+            self._check_same_run(description["training"])
+            self.epoch, self.steps, self.best = description["epoch"], description["steps"], description["best"]
+            self._restore(tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise PlanError("is no state to resume from", where=self.out / LAST, fix="choose another --out") from error
+        self.report(f"resuming after epoch {self.epoch} of {self.out / LAST}")
+
+    def _check_same_run(self, training: dict[str, Any]) -> None:
+        theirs, ours = training["options"], json.loads(json.dumps(asdict(self.options)))
+        changed = [k for k in ours if k != "epochs" and ours[k] != theirs.get(k)]
+        if training["data"] != self.sources:
+            changed.append("data")
+        if changed:
             raise UsageError(
                 f"holds a run with other options ({', '.join(changed)})", where=self.out, fix="choose another --out"
             )
-        if "steps" not in description:
-            raise PlanError("is no state to resume from", where=self.out / LAST)
-        self.epoch, self.steps, self.best = description["epoch"], description["steps"], description["best"]
-        self.network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n[:8] == "network."})
-        self.average = {n: tensors[f"average.{n}"].to(self.device) for n in self.average}
+
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy the saved tensors into memory of the layout they had: another layout may round differently."""
+        self.network.load_state_dict({n: tensors[f"network.{n}"] for n in self.average})
+        for name, tensor in self.average.items():
+            tensor.copy_(tensors[f"average.{name}"])
         state = self.optimiser.state_dict()
-        state["state"] = {
-            i: {key: tensors[f"adam.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for i, (name, _) in enumerate(self.network.named_parameters())
-        }
+        for i, (name, parameter) in enumerate(self.network.named_parameters()):
+            moments = {key: torch.empty_like(parameter).detach() for key in ("exp_avg", "exp_avg_sq")}
+            for key, tensor in moments.items():
+                tensor.copy_(tensors[f"adam.{name}.{key}"])
+            state["state"][i] = {"step": tensors[f"adam.{name}.step"], **moments}
         self.optimiser.load_state_dict(state)
-        self.report(f"resuming after epoch {self.epoch} of {self.out / LAST}")
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UsageError(f"unknown precision {precision!r}", fix="choose auto, fp32 or bf16")
     if precision == "fp32":
         return torch.float32
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(False)
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "bf16" and not fast:
         raise EngineError("this machine has no fast bf16", fix="--precision fp32")
     return torch.bfloat16 if fast else torch.float32

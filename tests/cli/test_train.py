@@ -1,0 +1,166 @@
+"""`histoseg-fast train` from the command line: files, lines, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_folders import easy_folder, easy_pair, write_folder
+
+from histoseg_fast import cli, extras
+from histoseg_fast.images import write_png
+
+COMMAND = [sys.executable, "-m", "histoseg_fast", "train"]
+SMALL = ["--weights", "none", "--arch", "one", "--crop", "16", "--batch", "2", "--precision", "fp32", "--no-compile"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of `histoseg-fast train ARGUMENTS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["histoseg-fast", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`histoseg-fast train ARGUMENTS` as a process that hears Ctrl-C and does not outlive the block."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell may ignore it
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_train_interrupt_resume(tmp_path: Path) -> None:
+    """Ctrl-C after an epoch, then the same command again to the end."""
+    root, out = easy_folder(tmp_path / "data", train=1, side=16), tmp_path / "out"
+    lines = []
+    with started(root, "--out", out, *SMALL, "--epochs", 10_000) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("epoch 1:"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "interrupted; run the same command again to go on after the last whole epoch\n"
+    assert lines[0] == "features: random\n"
+    done = 1 + sum(line.startswith("epoch ") for line in rest.splitlines())
+    records = (out / "history.jsonl").read_text().splitlines()
+    assert done <= len(records) <= done + 1  # the line comes after the files
+    with started(root, "--out", out, *SMALL, "--epochs", len(records) + 1) as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == ""
+    assert "resuming after epoch" in output and f"{out}/last.safetensors" in output
+    assert output.splitlines()[-1].endswith(f"{out}/best.safetensors")
+    assert sorted(path.name for path in out.iterdir()) == ["best.safetensors", "history.jsonl", "last.safetensors"]
+    epochs = [json.loads(line)["epoch"] for line in (out / "history.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, len(records) + 2))
+
+
+def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from histoseg_fast.training import loop
+    from histoseg_fast.training.augment import Augmentation
+
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda root, out, options, report: calls.append((root, out, options)))
+    arguments = "--arch two --epochs 3 --batch 7 --lr 0.5 --decay 0.25 --crop 64 --weights w.pth --seed 9"
+    arguments += " --average 0.75 --precision bf16 --compile --tolerance 8"
+    arguments += " --noise 1 --turns --scale 0.2 --stain 0.3 --colour 0.4"
+    assert main(monkeypatch, "DATA", "--out", "OUT", *arguments.split()) == 0
+    assert main(monkeypatch, "DATA", "--out", "OUT") == 0
+    augmentation = Augmentation(noise=1, turns=True, scale=0.2, stain=0.3, colour=0.4)
+    given = loop.TrainingOptions(
+        "two", 3, 7, 0.5, 0.25, 64, "w.pth", 9, 0.75, "bf16", "on", 8, augmentation=augmentation
+    )
+    defaults = loop.TrainingOptions()
+    assert calls == [(Path("DATA"), Path("OUT"), given), (Path("DATA"), Path("OUT"), defaults)]
+
+
+def test_a_bad_folder_is_one_line_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = easy_folder(tmp_path / "data", side=16)
+    write_png(root / "labels" / "val0.png", easy_pair(np.random.default_rng(0), 16, 16)[0])  # an image as label
+    (root / "labels" / "train0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert main(monkeypatch, root, "--out", tmp_path / "out", *SMALL) == 1
+    output, errors = capfd.readouterr()
+    assert output == "" and errors.count("\n") == 1
+    assert errors.startswith(f"histoseg-fast: {root}: 2 problem(s)")
+    assert "train0.png" in errors and "val0.png" in errors and "off the palette" in errors
+    assert not (tmp_path / "out").exists()
+    assert main(monkeypatch, tmp_path / "gone", "--out", tmp_path / "out", *SMALL) == 1
+    output, errors = capfd.readouterr()
+    assert output == "" and errors.count("\n") == 1 and "images/: no such folder" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--arch", "five"], "unknown architecture 'five'; choose one of one, two, three, final"),
+        (["--crop", "17"], "--crop 17 is no multiple of the network's stride 2"),
+        (["--precision", "fp8"], "unknown precision 'fp8'; choose auto, fp32 or bf16"),
+        (["--weights", "gone.pth"], "gone.pth: no such file; --weights takes imagenet, none or a file"),
+    ],
+)
+def test_wrong_usage(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    root = easy_folder(tmp_path / "data", side=16)
+    assert main(monkeypatch, root, "--out", tmp_path / "out", *SMALL, *arguments) == 2
+    output, errors = capfd.readouterr()
+    assert output == "" and errors == f"histoseg-fast: {told}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--epochs", "0"], ["--epochs", "many"], ["--lr", "-1"], ["--seed", str(2**32)], ["--speed", "9"]]
+)
+def test_options_that_do_not_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(monkeypatch, tmp_path, "--out", tmp_path / "out", *arguments) == 2
+    assert arguments[0] in capfd.readouterr().err
+    assert main(monkeypatch, tmp_path) == 2  # --out is required
+
+
+def test_the_extra_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extras, "has", lambda *packages: "torchvision" not in packages)
+    assert main(monkeypatch, tmp_path, "--out", tmp_path / "out") == 2
+    assert capfd.readouterr().err == "histoseg-fast: this needs torchvision; pip install 'histoseg-fast[train]'\n"
+
+
+def test_a_training_that_diverges_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    pairs = {name: easy_pair(rng, 16, 16) for name in ("t", "v")}
+    root = write_folder(tmp_path / "data", pairs, {"t": "train", "v": "val"})
+    arguments = [*SMALL, "--lr", "1e30", "--epochs", "3"]
+    assert main(monkeypatch, root, "--out", tmp_path / "out", *arguments) == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("histoseg-fast: epoch 1: ") and errors.count("\n") == 1 and "(crops of t.png)" in errors
