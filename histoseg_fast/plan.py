@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ MAX_MEMBERS = 64
 MAX_STRIDE = 1024
 MAX_HALO = 8192
 MAX_TILE = 1 << 15
+MAX_TEXT = 100
 _MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za-z0-9._-]{0,120})")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# In ONNX's protobuf, a tensor kept outside the model names its file under the key "location"
-# (field 1, length 8). A plan is complete in itself, so such a reference is an attempt to read other files.
-_EXTERNAL_DATA = b"\x0a\x08location"
+# In ONNX's protobuf, a tensor kept outside the model names its file under the key "location". A plan is complete
+# in itself, so such a reference is an attempt to read other files. (The key alone: its length has many encodings.)
+_EXTERNAL_DATA = b"location"
+_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, EOFError, OverflowError, NotImplementedError, RuntimeError, OSError)
+"""What zipfile raises on damage; OverflowError where an offset is beyond what the system counts to."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,15 @@ def write_plan(path: str | Path, manifest: Mapping[str, Any], members: Mapping[s
     """Write a plan, whole or not at all, and return it as read back. `members` must hold model.onnx.
 
     `format`, `version` and `members` (size and sha256 of each) are added to the manifest. Raises PlanError
-    if what was given does not make a valid plan.
+    if what was given does not make a valid plan, or `path` cannot be written.
     """
     data = pack(manifest, members)
     plan = unpack(data, Path(path))
-    with atomic_write(path, durable=True) as stream:
-        stream.write(data)
+    try:
+        with atomic_write(path, durable=True) as stream:
+            stream.write(data)
+    except OSError as error:
+        raise PlanError(f"cannot be written ({error.strerror or error})", where=path) from error
     return plan
 
 
@@ -98,7 +104,10 @@ def pack(manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> bytes:
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in sorted(members.items())
     }
     full = {**manifest, "format": FORMAT, "version": VERSION, "members": digests}
-    text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()
+    try:
+        text = json.dumps(full, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"its manifest is no JSON ({error})") from error
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name, data in ((MANIFEST, text), *sorted(members.items())):
@@ -129,6 +138,8 @@ def unpack(data: bytes, path: Path | None = None) -> Plan:
         _check_manifest(plan)
     except (PlanError, UsageError) as error:
         raise PlanError(error.what, where=path, fix=error.fix) from None
+    except RecursionError:
+        raise PlanError("has a manifest nested too deep", where=path) from None
     return plan
 
 
@@ -143,32 +154,35 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         _check_members(infos, len(data))
         contents = {info.filename: archive.read(info) for info in infos}
         manifest = json.loads(contents.pop(MANIFEST).decode("utf-8"))
-    except PlanError:
+    except (PlanError, RecursionError):
         raise
-    except RecursionError:
-        raise PlanError("has a manifest nested too deep") from None
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (*_ZIP_ERRORS, ValueError, KeyError) as error:
         raise PlanError(f"is damaged ({error})", fix="copy or compile it again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PlanError("is a ZIP file but not a plan", fix="make one with `histoseg-fast compile`")
-    if manifest.get("version") != VERSION:
-        raise PlanError(
-            f"has plan version {manifest.get('version')!r}, this program reads {VERSION}", fix="compile it again"
-        )
+    version = manifest.get("version")
+    if type(version) is not int or version != VERSION:
+        raise PlanError(f"has plan version {str(version)[:20]!r}, this program reads {VERSION}", fix="compile it again")
+    try:
+        json.dumps(manifest, allow_nan=False)  # Python reads NaN, and 1e999 as infinity; no other JSON reader does
+    except ValueError as error:
+        raise PlanError("has a number in its manifest that is not finite") from error
     return manifest, contents
 
 
 def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
     names = [info.filename for info in infos]
-    if len(infos) > MAX_MEMBERS or len(set(names)) != len(names):
+    if len(infos) > MAX_MEMBERS or len({name.casefold() for name in names}) != len(names):
         raise PlanError("has too many members, or one twice")
     for info in infos:
         if not _MEMBER_NAME.fullmatch(info.filename):
             raise PlanError(f"has a member that no plan has: {info.filename[:80]!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise PlanError(f"member {info.filename} is compressed or encrypted; plans are stored")
-        if info.file_size > size or info.filename == MANIFEST and info.file_size > MAX_MANIFEST_BYTES:
+        if info.file_size > (min(size, MAX_MANIFEST_BYTES) if info.filename == MANIFEST else size):
             raise PlanError(f"member {info.filename} claims {info.file_size} bytes")
+    if sum(info.file_size for info in infos) > size:
+        raise PlanError("has members that overlap: together they claim more bytes than the file has")
     if missing := [name for name in (MANIFEST, MODEL) if name not in names]:
         raise PlanError(f"lacks {' and '.join(missing)}")
 
@@ -180,13 +194,12 @@ def _check_manifest(plan: Plan) -> None:
     if set(listed) != set(members):
         raise PlanError("holds other members than its manifest lists")
     for name, data in members.items():
-        digest = listed[name].get("sha256") if isinstance(listed[name], dict) else None
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest) or digest != hashlib.sha256(data).hexdigest():
+        if listed[name] != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
             raise PlanError(f"member {name} does not match its digest", fix="copy or compile the plan again")
     if _EXTERNAL_DATA in members[MODEL]:
         raise PlanError(f"{MODEL} refers to files outside the plan")
     for key in ("name", "arch", "precision"):
-        _field(manifest, key, str)
+        _check_text(_field(manifest, key, str), key)
     for key in ("training", "scores", "made_with", "normalisation"):
         _field(manifest, key, dict)
     stride, halo = _integer(manifest, "stride", 1, MAX_STRIDE), _integer(manifest, "halo", 0, MAX_HALO)
@@ -195,13 +208,22 @@ def _check_manifest(plan: Plan) -> None:
         raise PlanError(f"has halo {halo}, no multiple of its stride {stride}")
     check_tile(tile, halo, stride)
     for precision, measured in _field(manifest, "precisions", dict).items():
+        _check_text(precision, "precisions")
         agreement = measured.get("agreement") if isinstance(measured, dict) else "none"
         if agreement is not None and not (isinstance(agreement, int | float) and 0 <= agreement <= 1):
-            raise PlanError(f"has no valid agreement for {str(precision)[:20]!r}")
+            raise PlanError(f"has no valid agreement for {precision!r}")
     try:
-        _ = plan.palette
+        names = plan.palette.names
     except (LabelError, KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"has no valid classes ({error})") from error
+        raise PlanError(f"has no valid classes ({str(error)[:200]})") from error
+    for name in names:
+        _check_text(name, "classes")
+
+
+def _check_text(value: str, key: str) -> None:
+    """What is printed and written to tables must not forge lines, steer a terminal or fail to encode."""
+    if not (0 < len(value) <= MAX_TEXT and value.isprintable()):
+        raise PlanError(f"has no valid {key!r} in its manifest: names are 1 to {MAX_TEXT} printable characters")
 
 
 def _field(values: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -75,7 +75,8 @@ def check_tile(tile: int, halo: int, stride: int) -> None:
     """
     least = 2 * halo + 2 * stride
     if tile < least:
-        raise UsageError(f"a tile of {tile} pixels has no room between its halos", fix=f"this network needs --tile {least} or more")
+        fix = f"this network needs --tile {least} or more"
+        raise UsageError(f"a tile of {tile} pixels has no room between its halos", fix=fix)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ NAME = "compile"
 def command(
     checkpoint: Path = typer.Argument(..., metavar="CHECKPOINT", help="best.safetensors of a training."),
     out: Path = typer.Option(..., "-o", "--out", help="The plan file to write."),
-    precision: str = typer.Option("auto", help="What the plan runs in: auto (the fastest that agrees with fp32), fp32 or bf16."),
+    precision: str = typer.Option(
+        "auto", help="What the plan runs in: auto (the fastest that agrees with fp32), fp32 or bf16."
+    ),
     calibrate: Path = typer.Option(
         None, metavar="DIR", help="Folder of images on which the precisions are compared (default: synthetic fields)."
     ),

@@ -34,7 +34,8 @@ def command(
     )
     if not folder:
         print(f"against the known labels of the made-up fields: {score_fields(out):.1%} of pixels right")
-    print(f"look at {out / 'results' / 'overlays'} and {out / 'results' / 'masks'} (red cancer, green stroma, black background)")
+    results = out / "results"
+    print(f"look at {results / 'overlays'} and {results / 'masks'} (red cancer, green stroma, black background)")
     return code
 
 

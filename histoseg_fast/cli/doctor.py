@@ -44,7 +44,8 @@ def _cpu() -> Finding:
     from histoseg_fast.machine import available_cores, cpu_flags, cpu_name
 
     flags = ", ".join(sorted(cpu_flags())) or "no vector flags known"
-    return Finding("CPU", True, f"{cpu_name()}, {available_cores()} core(s), {flags}; runs {', '.join(cpu_precisions())}")
+    runs = ", ".join(cpu_precisions())
+    return Finding("CPU", True, f"{cpu_name()}, {available_cores()} core(s), {flags}; runs {runs}")
 
 
 def _core() -> Finding:
@@ -73,7 +74,8 @@ def _plan() -> Finding:
         plans = [open_plan(name) for name in SHIPPED]
     except HistosegError as error:
         return Finding("shipped plans", False, str(error), "pip install --force-reinstall histoseg-fast")
-    return Finding("shipped plans", True, ", ".join(f"{p.name} (runs {choose_precision(p, 'auto')} here)" for p in plans))
+    names = ", ".join(f"{plan.name} (runs {choose_precision(plan, 'auto')} here)" for plan in plans)
+    return Finding("shipped plans", True, names)
 
 
 def _gpu() -> Finding:
@@ -91,7 +93,8 @@ def _gpu() -> Finding:
 def _tensorrt() -> Finding:
     version = _version("tensorrt")
     if version is None:
-        return Finding("TensorRT", False, "not installed", "this version runs on the CPU; its CUDA engine is still to come")
+        fix = "nothing to do: this version runs on the CPU, its CUDA engine is still to come"
+        return Finding("TensorRT", False, "not installed", fix)
     return Finding("TensorRT", True, f"{version} (not used yet: this version runs on the CPU)")
 
 

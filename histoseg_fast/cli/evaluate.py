@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from histoseg_fast.errors import UsageError
+
 NAME = "eval"
 
 
@@ -17,8 +19,8 @@ def command(
     engine: str = typer.Option("final", help="A plan, a checkpoint (.safetensors), or a shipped plan's name."),
     split: str = typer.Option("", help="train, val or test (default: every image)."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
-    tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette (RGB distance)."),
-    json_file: Path = typer.Option(None, "--json", metavar="FILE", help="Also write the scores as JSON (- for stdout)."),
+    tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette's (RGB)."),
+    json_file: Path = typer.Option(None, "--json", metavar="FILE", help="Also write the scores as JSON (-: stdout)."),
 ) -> None:
     """Score a plan or checkpoint: cross entropy, accuracy, IoU and Dice by class, confusion matrix."""
     from histoseg_fast.evaluation.evaluate import evaluate
@@ -26,6 +28,9 @@ def command(
     from histoseg_fast.plans import open_plan
 
     if engine.endswith(".safetensors"):
+        from histoseg_fast.extras import need
+
+        need("train", "torch", "onnx", "onnxscript", "safetensors")
         from histoseg_fast.compiling.compile import plan_of_checkpoint
 
         plan = plan_of_checkpoint(engine)
@@ -43,8 +48,11 @@ def command(
         return
     print(table(scores))
     if json_file is not None:
-        with atomic_write(json_file) as stream:
-            stream.write(text.encode() + b"\n")
+        try:
+            with atomic_write(json_file) as stream:
+                stream.write(text.encode() + b"\n")
+        except OSError as error:
+            raise UsageError(f"cannot be written ({error.strerror})", where=json_file) from error
 
 
 def table(scores: dict[str, Any]) -> str:

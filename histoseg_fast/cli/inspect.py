@@ -6,7 +6,10 @@ import json
 
 import typer
 
+from histoseg_fast.errors import one_line
+
 NAME = "inspect"
+SCORES = {"cross_entropy": "cross entropy", "pixel_accuracy": "accuracy", "mean_iou": "mIoU", "images": "images"}
 
 
 def command(
@@ -38,13 +41,13 @@ def command(
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["made_with"].items())),
     ]
     for split, scores in manifest["scores"].items():
-        if isinstance(scores, dict) and "mean_iou" in scores:
-            rows.append(
-                (
-                    f"scores, {split}",
-                    f"cross entropy {scores['cross_entropy']:.4f}, accuracy {scores['pixel_accuracy']:.4f}, "
-                    f"mIoU {scores['mean_iou']:.4f} on {scores['images']} images",
-                )
-            )
+        if isinstance(scores, dict):
+            shown = [f"{name} {_value(scores[key])}" for key, name in SCORES.items() if key in scores]
+            rows.append((f"scores, {split}", ", ".join(shown)))
     for name, value in rows:
-        print(f"{name:<14} {value}")
+        print(f"{one_line(name):<14} {one_line(value)}")
+
+
+def _value(score: object) -> str:
+    """A score as it stands in the manifest, where nothing but the plan's maker vouches for it."""
+    return f"{score:.4f}" if isinstance(score, float) else "-" if score is None else str(score)[:40]

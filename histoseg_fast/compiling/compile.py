@@ -15,8 +15,10 @@ from histoseg_fast import __version__
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.halo import measure
 from histoseg_fast.engines import AGREEMENT_GATE, check_precision, cpu_precisions, open_engine, run_tiled
-from histoseg_fast.errors import PlanError
+from histoseg_fast.errors import LabelError, PlanError
 from histoseg_fast.images import read_image
+from histoseg_fast.labels import Palette
+from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import SegmentationNetwork
 from histoseg_fast.plan import MODEL, Plan, pack, unpack, write_plan
 from histoseg_fast.synthetic import make_field
@@ -33,12 +35,25 @@ SYNTHETIC_CALIBRATION = 2
 def load_network(checkpoint: str | Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
     """The network of a checkpoint and the checkpoint's description. Raises PlanError if they do not fit."""
     tensors, description = read_checkpoint(checkpoint)
+    _check_description(description, checkpoint)
     network = SegmentationNetwork(description["arch"], len(description["classes"]))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise PlanError(f"does not hold a network {description['arch']!r} ({error})", where=checkpoint) from error
+        reason = " ".join(str(error).split())[:200]
+        raise PlanError(f"does not hold a network {description['arch']!r} ({reason})", where=checkpoint) from error
     return network.eval(), description
+
+
+def _check_description(description: dict[str, Any], checkpoint: str | Path) -> None:
+    if description["arch"] not in ARCHITECTURES:
+        raise PlanError(f"holds an unknown network {str(description['arch'])[:40]!r}", where=checkpoint)
+    try:
+        Palette(tuple(description["classes"]), tuple(tuple(colour) for colour in description["colours"]))
+    except (LabelError, TypeError) as error:
+        raise PlanError(f"has no valid classes ({str(error)[:200]})", where=checkpoint) from error
+    if description["normalisation"] != {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}:
+        raise PlanError("was trained with another normalisation than this version exports", where=checkpoint)
 
 
 def plan_of_checkpoint(checkpoint: str | Path, precision: str = "auto") -> Plan:
@@ -68,7 +83,7 @@ def plan_of_checkpoint(checkpoint: str | Path, precision: str = "auto") -> Plan:
             "onnx": onnx.__version__,
         },
     }
-    return unpack(pack(manifest, {MODEL: model.SerializeToString(deterministic=True)}))
+    return unpack(pack(manifest, {MODEL: model.SerializeToString(deterministic=True)}), Path(checkpoint))
 
 
 def compile_plan(
@@ -100,7 +115,10 @@ def compile_plan(
             agreement = measure_agreement(plan, candidate, images)
             precisions[candidate] = {"agreement": round(agreement, 6), "measured_on": source}
             verdict = "passes" if agreement >= AGREEMENT_GATE else "fails"
-            report(f"{candidate}: {agreement:.3%} of pixels agree with fp32 on {source}; {verdict} the gate of {AGREEMENT_GATE:.1%}")
+            report(
+                f"{candidate}: {agreement:.3%} of pixels agree with fp32 on {source}; "
+                f"{verdict} the gate of {AGREEMENT_GATE:.1%}"
+            )
     plan = write_plan(out, {**plan.manifest, "precisions": precisions}, plan.members)
     report(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB, sha256 {plan.sha256[:12]}")
     return plan

@@ -15,7 +15,13 @@ from histoseg_fast.errors import PlanError
 
 _POINTWISE = {"Cast", "Mul", "Add", "Sub", "Div", "Relu", "Clip", "LeakyRelu", "Sigmoid", "BatchNormalization"}
 _POINTWISE |= {"Identity", "Transpose", "Concat", "QuantizeLinear", "DequantizeLinear"}
-"""Operators whose output pixel needs the same input pixel only. (A Transpose in these graphs moves channels.)"""
+"""Operators whose output pixel needs the same input pixel only (`_check_pointwise` says when)."""
+_CHANNELS_MOVED = ([0, 3, 1, 2], [0, 2, 3, 1])
+_LOCAL_RESIZE = {b"half_pixel", b"half_pixel_symmetric", b"pytorch_half_pixel", b"asymmetric"}
+"""How Resize finds its source pixels; other ways depend on the size of the whole image."""
+_EXACT_NEAREST = {(way, b"round_prefer_floor") for way in _LOCAL_RESIZE - {b"asymmetric"}}
+_EXACT_NEAREST |= {(b"asymmetric", b"floor")}
+"""Of mode nearest: these stay within the pixels that the output covers; others may take the next one."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +89,21 @@ def _measure_axis(graph: onnx.GraphProto, axis: int) -> tuple[int, int]:
 
 def _scale(node: onnx.NodeProto, axis: int, constants: Mapping[str, onnx.TensorProto]) -> Fraction:
     """Size of the node's output over that of its input."""
-    if node.op_type in _POINTWISE:
-        return Fraction(1)
     attributes = _attributes(node)
+    if node.op_type in _POINTWISE:
+        _check_pointwise(node, attributes)
+        return Fraction(1)
     if node.op_type in ("Conv", "MaxPool", "AveragePool"):
-        return Fraction(1, _at(attributes, "strides", axis, 1))
+        return Fraction(1, _window(node, axis, constants)[0])
     if node.op_type == "ConvTranspose":
-        return Fraction(_at(attributes, "strides", axis, 1))
+        return Fraction(_window(node, axis, constants)[0])
     if node.op_type in ("DepthToSpace", "SpaceToDepth"):
         block = attributes["blocksize"]
         return Fraction(block) if node.op_type == "DepthToSpace" else Fraction(1, block)
     if node.op_type == "Resize" and len(node.input) > 2 and node.input[2] in constants:
+        way = attributes.get("coordinate_transformation_mode", b"half_pixel")
+        if way not in _LOCAL_RESIZE or attributes.get("antialias"):
+            raise PlanError(f"Resize {node.name} looks at more of the image than its neighbours")
         return Fraction(float(numpy_helper.to_array(constants[node.input[2]])[2 + axis])).limit_denominator(64)
     raise PlanError(f"the halo of operator {node.op_type} is not known", fix="use convolutions, pooling, resizing")
 
@@ -104,17 +114,44 @@ def _needs(node: onnx.NodeProto, axis: int, out: Interval, constants: Mapping[st
         return out
     attributes = _attributes(node)
     if node.op_type in ("Conv", "MaxPool", "AveragePool"):
-        stride, pad = _at(attributes, "strides", axis, 1), _at(attributes, "pads", axis, 0)
-        reach = _at(attributes, "dilations", axis, 1) * (_kernel(node, axis, constants) - 1)
+        stride, pad, reach = _window(node, axis, constants)
         return Interval(out.low * stride - pad, out.high * stride - pad + reach)
     if node.op_type == "ConvTranspose":
-        stride, pad = _at(attributes, "strides", axis, 1), _at(attributes, "pads", axis, 0)
-        reach = _at(attributes, "dilations", axis, 1) * (_kernel(node, axis, constants) - 1)
+        stride, pad, reach = _window(node, axis, constants)
         return Interval(-((reach - pad - out.low) // stride), (out.high + pad) // stride)
     scale = _scale(node, axis, constants)
-    spread = 1 if attributes.get("mode", b"nearest") in (b"linear", b"cubic") else 0
-    spread *= 2 if attributes.get("mode") == b"cubic" else 1
+    spread = 0
+    if node.op_type == "Resize":
+        way = attributes.get("coordinate_transformation_mode", b"half_pixel")
+        exact = (way, attributes.get("nearest_mode", b"round_prefer_floor")) in _EXACT_NEAREST
+        spread = {b"nearest": 0 if exact else 1, b"linear": 1, b"cubic": 2}[attributes.get("mode", b"nearest")]
     return Interval(int(out.low // scale) - spread, int(-(-(out.high + 1) // scale)) - 1 + spread)
+
+
+def _check_pointwise(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> None:
+    """Moving and joining must leave height and width as they are."""
+    if node.op_type == "Transpose" and list(attributes.get("perm", ())) not in _CHANNELS_MOVED:
+        raise PlanError(f"Transpose {node.name} moves more than the channels")
+    if node.op_type == "Concat" and attributes["axis"] not in (1, -3):
+        raise PlanError(f"Concat {node.name} joins images, not channels")
+
+
+def _window(node: onnx.NodeProto, axis: int, constants: Mapping[str, onnx.TensorProto]) -> tuple[int, int, int]:
+    """Stride, padding before, and pixels from first to last tap, of a convolution or pooling.
+
+    Raises PlanError unless the output's size is exactly the input's over (or times) the stride.
+    """
+    attributes = _attributes(node)
+    stride, pad, after = (_at(attributes, *a) for a in (("strides", axis, 1), ("pads", axis, 0), ("pads", axis + 2, 0)))
+    reach = _at(attributes, "dilations", axis, 1) * (_kernel(node, axis, constants) - 1)
+    if node.op_type == "ConvTranspose":
+        exact = reach + 1 + _at(attributes, "output_padding", axis, 0) - pad - after == stride
+    else:
+        exact = (pad + after - reach - 1) // stride == -1
+    by_size = attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or "output_shape" in attributes
+    if not exact or by_size or attributes.get("ceil_mode"):
+        raise PlanError(f"{node.op_type} {node.name} is not padded to its input's size over its stride")
+    return stride, pad, reach
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -126,5 +163,9 @@ def _at(attributes: Mapping[str, Sequence[int]], name: str, axis: int, default: 
 
 
 def _kernel(node: onnx.NodeProto, axis: int, constants: Mapping[str, onnx.TensorProto]) -> int:
-    shape = _attributes(node).get("kernel_shape") or constants[node.input[1]].dims[2:]
+    shape = _attributes(node).get("kernel_shape")
+    if shape is None:
+        if node.input[1] not in constants:
+            raise PlanError(f"{node.op_type} {node.name} has weights of unknown size")
+        shape = constants[node.input[1]].dims[2:]
     return int(shape[axis])

@@ -36,7 +36,8 @@ class OpenVINOEngine(Engine):
         try:
             model = core.read_model(plan.members[MODEL])
         except RuntimeError as error:
-            raise PlanError(f"{MODEL} is not a network OpenVINO can read ({_first_line(error)})", where=plan.path) from error
+            reason = _last_line(error)
+            raise PlanError(f"{MODEL} is not a network OpenVINO can read ({reason})", where=plan.path) from error
         self._check(model, plan)
         settings = {
             hint.inference_precision: PRECISIONS[precision],
@@ -47,7 +48,8 @@ class OpenVINOEngine(Engine):
         try:
             self._compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO could not compile the network ({_first_line(error)})", where=plan.path) from error
+            reason = _last_line(error)
+            raise EngineError(f"OpenVINO could not compile the network ({reason})", where=plan.path) from error
 
     def _check(self, model: ov.Model, plan: Plan) -> None:
         """The graph must be what the manifest says: uint8 (n, h, w, 3) in, float logits (n, C, h, w) out."""
@@ -55,9 +57,10 @@ class OpenVINOEngine(Engine):
             raise PlanError(f"{MODEL} must have one input and one output", where=plan.path)
         source, logits = model.input(0), model.output(0)
         shape, out = source.partial_shape, logits.partial_shape
-        if source.element_type != ov.Type.u8 or len(shape) != 4 or shape[3] != 3 or any(d.is_static for d in shape[:3]):
+        fits = shape.rank == 4 and shape[3] == 3 and not any(d.is_static for d in shape[:3])
+        if source.element_type != ov.Type.u8 or not fits:
             raise PlanError(f"{MODEL} must take uint8 (n, h, w, 3) of any size, not {shape}", where=plan.path)
-        if logits.element_type != ov.Type.f32 or len(out) != 4 or out[1] != self._classes:
+        if logits.element_type != ov.Type.f32 or out.rank != 4 or out[1] != self._classes:
             raise PlanError(f"{MODEL} must give float32 (n, {self._classes}, h, w), not {out}", where=plan.path)
 
     def slots(self, count: int) -> list[Slot]:
@@ -69,14 +72,14 @@ class OpenVINOEngine(Engine):
             slot.request.set_input_tensor(ov.Tensor(slot.input, shared_memory=True))
             slot.request.start_async()
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO refused a batch {slot.input.shape} ({_first_line(error)})") from error
+            raise EngineError(f"OpenVINO refused a batch {slot.input.shape} ({_last_line(error)})") from error
 
     def wait(self, slot: Slot) -> np.ndarray:
         assert isinstance(slot, OpenVINOSlot)
         try:
             slot.request.wait()
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO failed on a batch {slot.input.shape} ({_first_line(error)})") from error
+            raise EngineError(f"OpenVINO failed on a batch {slot.input.shape} ({_last_line(error)})") from error
         slot.logits = slot.request.get_output_tensor().data
         n, h, w, _ = slot.input.shape
         if slot.logits.shape != (n, self._classes, h, w):
@@ -87,7 +90,7 @@ class OpenVINOEngine(Engine):
         del self._compiled
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """The last line of OpenVINO's message says what is wrong; those before it say where in its sources."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `kind` conv (stride 1, odd `kernel`, same padding), up (2x2 transposed, stride 2) or pool (2x2 max)."""
+    """One layer: `kind` conv (odd `kernel`, same padding), up (2x2 transposed, stride 2) or pool (2x2 max)."""
 
     kind: Literal["conv", "up", "pool"]
     name: str
@@ -28,7 +28,7 @@ class Layer:
 
 
 def _vgg16(*blocks: tuple[int, int]) -> tuple[Layer, ...]:
-    """VGG16 (Simonyan and Zisserman, 2015, configuration D): (convolutions, channels) a block, a pooling between blocks."""
+    """VGG16 (Simonyan and Zisserman, 2015): (convolutions, channels) a block, a pooling between blocks."""
     layers: list[Layer] = []
     for block, (count, channels) in enumerate(blocks, start=1):
         if block > 1:

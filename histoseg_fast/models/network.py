@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import urllib.error
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,9 @@ def load_features(network: SegmentationNetwork, source: str) -> list[str]:
     if not loaded:
         raise PlanError("holds no VGG convolutions", where=source, fix="give torchvision's vgg16 file")
     if normalised:
+        bias = names.get("0.bias")
+        if "conv1_1" not in loaded or bias is None or bias.shape != (3,):
+            raise PlanError("holds 1x1 preprocessing (0) without its bias or without conv1_1 (2)", where=source)
         _fold_preprocessing(state, names)
     network.features.load_state_dict(state)
     return loaded
@@ -126,7 +130,7 @@ def _imagenet() -> Mapping[str, torch.Tensor]:
 
     try:
         return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, HTTPException) as error:  # no network, a server's error, no room in the cache folder
         raise UsageError(
             f"VGG16's ImageNet weights could not be downloaded ({error})",
             fix="give a local copy with --weights FILE (torchvision's vgg16-397923af.pth), or --weights none",
@@ -136,6 +140,13 @@ def _imagenet() -> Mapping[str, torch.Tensor]:
 
 
 def _read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    tensors = _read_file(path)
+    if not isinstance(tensors, Mapping):
+        raise PlanError("holds no named tensors", where=path, fix="give torchvision's vgg16 file")
+    return {name: t for name, t in tensors.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
+
+
+def _read_file(path: Path) -> object:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -147,5 +158,8 @@ def _read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError("no such file", where=path, fix="--weights takes imagenet, none or a file") from None
+    except pickle.UnpicklingError as error:  # its own text advises to run what the file holds
+        raise PlanError("is not a file of plain tensors; code in a weights file is never run", where=path) from error
     except Exception as error:  # whatever a damaged or hostile file makes three readers raise
-        raise PlanError(f"cannot be read as weights ({error})", where=path) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise PlanError(f"cannot be read as weights ({reason})", where=path) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from histoseg_fast.errors import PlanError
@@ -15,6 +16,6 @@ def open_plan(name: str) -> Plan:
     """The plan in the file `name`, or the shipped plan of that name. Raises PlanError."""
     if name in SHIPPED and not Path(name).is_file():
         return read_plan(FOLDER / f"{name}.plan")
-    if not Path(name).exists():
+    if not os.path.exists(name):  # False, too, for a name that no file can have
         raise PlanError("no such plan", where=name, fix=f"give a .plan file, or a shipped plan: {', '.join(SHIPPED)}")
     return read_plan(name)

@@ -1,0 +1,339 @@
+"""inspect, doctor, compile, eval and demo as a user runs them: what they print, their exit codes, one line an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from random_networks import checkpoint, noise
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score, log_loss
+
+from histoseg_fast import cli, plans
+from histoseg_fast.cli import doctor
+from histoseg_fast.engines import open_engine, run_tiled
+from histoseg_fast.labels import encode
+from histoseg_fast.plan import MODEL, pack, write_plan
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["histoseg-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return caught.value.code, out, err
+
+    return command
+
+
+@pytest.fixture
+def fails(run):
+    """Run a command that must fail with `code` and one line that holds `words`."""
+
+    def command(*arguments, code=1, words=()):
+        found, out, err = run(*arguments)
+        assert (found, out) == (code, "")
+        assert err.count("\n") == 1 and err.startswith("histoseg-fast: ") and "unexpected" not in err
+        for word in words:
+            assert word in err
+        return err
+
+    return command
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three labelled images, two of them in the test split, and their label ids."""
+    ids, random = {}, np.random.default_rng(5)
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for i, (height, width) in enumerate([(40, 51), (150, 33), (9, 9)]):
+        ids[i] = np.repeat(random.integers(0, 3, (height, 1), np.uint8), width, axis=1)
+        Image.fromarray(noise(height, width, i)).save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(encode(ids[i])).save(tmp_path / "data" / "labels" / f"{i}.png")
+    (tmp_path / "data" / "split.csv").write_text("name,split\n0.png,test\n1.png,test\n2.png,train\n")
+    return tmp_path / "data", ids
+
+
+def rewritten(plan, path, **changes):
+    fields = {k: v for k, v in plan.manifest.items() if k not in ("format", "version", "members")}
+    write_plan(path, fields | changes, plan.members)
+    return path
+
+
+# -- the command line as a whole -------------------------------------------------------------------
+
+
+def test_as_a_program(tiny_plan_path):
+    """The real program, with what only a process of its own shows: no torch is imported."""
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from histoseg_fast.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tiny_plan_path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "False\n") and "tiny" in done.stdout
+
+
+def test_version_help_and_wrong_options(run):
+    assert run("--version")[:2] == (0, f"histoseg-fast {cli.__version__}\n")
+    code, out, _ = run("--help")
+    assert code == 0 and all(name in out for name in ("infer", "demo", "inspect", "doctor", "compile", "eval", "train"))
+    for arguments in (["inspect", "--bogus"], ["nonsense"], ["compile"], ["demo", "--images", "0"]):
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and "Error" in err
+
+
+def test_a_bug_is_one_line_too(run, monkeypatch, tiny_plan_path):
+    def broken(name):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(plans, "open_plan", broken)
+    monkeypatch.delenv("HISTOSEG_TRACEBACK", raising=False)
+    code, out, err = run("inspect", tiny_plan_path)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "unexpected ZeroDivisionError: two\\nlines" in err
+
+
+def test_interrupts_and_a_reader_that_has_gone(run, monkeypatch, tiny_plan_path):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plans, "open_plan", interrupted)
+    assert run("inspect", tiny_plan_path)[0] == 130
+
+
+# -- inspect ---------------------------------------------------------------------------------------
+
+
+def test_inspect(run, tmp_path, tiny_plan):
+    scores = {"test": {"cross_entropy": 0.5, "pixel_accuracy": 0.75, "mean_iou": 0.625, "images": 3}, "note": "x"}
+    measured = {"fp32": {"agreement": 1.0}, "bf16": {"agreement": 0.99875}, "int8": {}}
+    path = rewritten(tiny_plan, tmp_path / "a.plan", scores=scores, precisions=measured, made_with={"maker": "1.2"})
+    code, out, err = run("inspect", path)
+    assert (code, err) == (0, "")
+    for text in (str(path), "stride 2, halo 8, tile 128", "1 cancer (255, 0, 0)", "bf16 (99.88% of pixels as fp32)",
+                 "model.onnx 0.0 MiB", "maker 1.2",
+                 "cross entropy 0.5000, accuracy 0.7500, mIoU 0.6250, images 3"):  # fmt: skip
+        assert text in out
+
+
+def test_inspect_json(run, tiny_plan, tiny_plan_path):
+    code, out, err = run("inspect", tiny_plan_path, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert {key: found[key] for key in tiny_plan.manifest} == tiny_plan.manifest
+    assert found["sha256"] == tiny_plan.sha256 and found["precision_here"] == "fp32"
+
+
+def test_inspect_shows_what_a_hostile_plan_says_as_text(run, tmp_path, tiny_plan):
+    hostile = {"a\x1b[2J\n": {"mean_iou": "\x1b[31m\nforged", "cross_entropy": None, "images": [1]}, "b": {}}
+    path = rewritten(tiny_plan, tmp_path / "a.plan", scores=hostile, made_with={"x\nforged": {"y": "\x07"}})
+    code, out, err = run("inspect", path)
+    assert (code, err) == (0, "")
+    assert all(line.isprintable() for line in out.splitlines()) and "\nforged" not in out
+
+
+def test_inspect_refuses(fails, tmp_path, tiny_plan_path):
+    (tmp_path / "text.plan").write_text("hello")
+    (tmp_path / "cut.plan").write_bytes(tiny_plan_path.read_bytes()[:-100])
+    fails("inspect", tmp_path / "missing.plan", words=["missing.plan", "no such plan"])
+    fails("inspect", tmp_path / "text.plan", words=["text.plan", "is not a plan file"])
+    fails("inspect", tmp_path / "cut.plan", words=["cut.plan", "is damaged"])
+    fails("inspect", tmp_path, words=["cannot be read"])
+    fails("inspect", "x" * 5000, words=["no such plan"])
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path_factory, tiny_plan):
+    """The tiny plan in the place of the shipped one."""
+    folder = tmp_path_factory.mktemp("shipped")
+    rewritten(tiny_plan, folder / "final.plan")
+    monkeypatch.setattr(plans, "FOLDER", folder)
+    return folder
+
+
+def test_doctor(run, shipped):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for name in ("CPU", "C++ core", "OpenVINO", "shipped plans", "NVIDIA GPU", "TensorRT", "extra [train]"):
+        assert any(line.startswith(("yes ", "no  ")) and name in line for line in out.splitlines())
+    findings = json.loads(run("doctor", "--json")[1])
+    assert all(set(finding) == {"what", "ok", "detail", "fix"} for finding in findings)
+    assert all(finding["ok"] or finding["fix"] for finding in findings)  # a fix for each lack
+    assert next(f for f in findings if f["what"] == "shipped plans")["detail"].startswith("tiny (runs ")
+
+
+def test_doctor_names_a_damaged_plan(run, shipped):
+    (shipped / "final.plan").write_bytes(b"PK\x03\x04")
+    code, out, _ = run("doctor", "--json")
+    found = next(f for f in json.loads(out) if f["what"] == "shipped plans")
+    assert code == 1 and not found["ok"] and "final.plan" in found["detail"] and "reinstall" in found["fix"]
+
+
+@pytest.mark.parametrize(("script", "ok"), [("echo 'Card, 1.2, 3 MiB'", True), ("exit 9", False)])
+def test_doctor_asks_the_driver(run, shipped, tmp_path, monkeypatch, script, ok):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    code, out, _ = run("doctor", "--json")
+    found = next(f for f in json.loads(out) if f["what"] == "NVIDIA GPU")
+    assert code == 0 and found["ok"] == ok and ("Card" in found["detail"]) == ok
+
+
+def test_doctor_names_what_an_extra_lacks(run, shipped, monkeypatch):
+    monkeypatch.setitem(doctor.EXTRAS, "train", ("numpy", "no_such_package"))
+    found = next(f for f in json.loads(run("doctor", "--json")[1]) if f["what"] == "extra [train]")
+    assert not found["ok"] and found["detail"] == "lacks no_such_package" and "histoseg-fast[train]" in found["fix"]
+
+
+# -- eval ------------------------------------------------------------------------------------------
+
+
+def expected_scores(plan, ids, numbers):
+    """What scikit-learn says of the same pixels."""
+    with open_engine(plan, precision="fp32") as engine:
+        logits = [run_tiled(engine, plan, noise(*ids[i].shape, i)).reshape(3, -1).T.astype(float) for i in numbers]
+    logits, truth = np.concatenate(logits), np.concatenate([ids[i].ravel() for i in numbers])
+    chances = np.exp(logits - logits.max(1, keepdims=True))
+    chances, guess = chances / chances.sum(1, keepdims=True), logits.argmax(1)
+    return {
+        "cross_entropy": log_loss(truth, chances, labels=[0, 1, 2]),
+        "pixel_accuracy": accuracy_score(truth, guess),
+        "mean_iou": jaccard_score(truth, guess, average="macro"),
+        "iou": jaccard_score(truth, guess, average=None),
+        "dice": f1_score(truth, guess, average=None),
+        "confusion": confusion_matrix(truth, guess).tolist(),
+    }
+
+
+def check_scores(found, expected):
+    for key, value in expected.items():
+        shown = list(found[key].values()) if isinstance(found[key], dict) else found[key]
+        np.testing.assert_allclose(shown, value, atol=2e-6)
+
+
+def test_eval(run, data, tmp_path, tiny_plan, tiny_plan_path):
+    folder, ids = data
+    target = tmp_path / "new" / "scores.json"
+    arguments = ("eval", folder, "--engine", tiny_plan_path, "--precision", "fp32", "--split", "test")
+    code, out, err = run(*arguments, "--json", target)
+    found = json.loads(target.read_text())
+    assert (code, err) == (0, "")
+    expected = expected_scores(tiny_plan, ids, [0, 1])
+    check_scores(found, expected)
+    assert (found["images"], found["pixels"]) == (2, 40 * 51 + 150 * 33)
+    assert (found["engine"][:8], found["precision"], found["device"]) == ("OpenVINO", "fp32", "cpu")
+    assert (found["split"], found["plan_sha256"]) == ("test", tiny_plan.sha256)
+    for text in (f"cross entropy  {expected['cross_entropy']:.4f}", f"mean IoU       {expected['mean_iou']:.4f}",
+                 f"{expected['confusion'][1][2]:,}", "2 images (test), 6,990 pixels"):  # fmt: skip
+        assert text in out
+    code, out, _ = run(*arguments, "--json", "-")
+    assert code == 0 and json.loads(out) == found
+
+
+def test_eval_of_every_image_and_of_a_checkpoint(run, data, tmp_path, tiny_plan, tiny_plan_path):
+    folder, ids = data
+    found = json.loads(run("eval", folder, "--engine", tiny_plan_path, "--precision", "fp32", "--json", "-")[1])
+    check_scores(found, expected_scores(tiny_plan, ids, [0, 1, 2]))
+    path = checkpoint(tmp_path / "c.safetensors", "three")
+    code, out, err = run("eval", folder, "--engine", path, "--split", "train", "--json", "-")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["plan"] == "three" and json.loads(out)["pixels"] == 81
+
+
+def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
+    folder, _ = data
+    engine = ("--engine", tiny_plan_path)
+    (tmp_path / "bad.safetensors").write_text("hello")
+    (tmp_path / "file").write_text("")
+    fails("eval", tmp_path / "nowhere", *engine, words=["no such folder"])
+    fails("eval", folder, *engine, "--split", "other", words=["'other'"])
+    fails("eval", folder, "--engine", tmp_path / "no.plan", words=["no such plan"])
+    fails("eval", folder, "--engine", tmp_path / "bad.safetensors", words=["bad.safetensors"])
+    fails("eval", folder, "--engine", tmp_path / "no.safetensors", words=["no such checkpoint"])
+    fails("eval", folder, *engine, "--precision", "int4", code=2, words=["'int4'"])
+    Image.fromarray(np.full((40, 51, 3), 77, np.uint8)).save(folder / "labels" / "0.png")
+    fails("eval", folder, *engine, words=["0.png", "off the palette"])
+    (folder / "labels" / "0.png").write_bytes(b"")
+    fails("eval", folder, *engine, words=["0.png"])
+
+
+def test_eval_names_a_file_that_it_cannot_write(run, data, tmp_path, tiny_plan_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run("eval", data[0], "--engine", tiny_plan_path, "--json", tmp_path / "file" / "x.json")
+    assert code == 2 and "pixel accuracy" in out
+    assert err.count("\n") == 1 and "x.json: cannot be written" in err
+
+
+# -- compile ---------------------------------------------------------------------------------------
+
+
+def test_compile(run, data, tmp_path):
+    source = checkpoint(tmp_path / "c.safetensors", "two")
+    code, out, err = run("compile", source, "-o", tmp_path / "new" / "two.plan", "--calibrate", data[0] / "images")
+    assert (code, err) == (0, "") and "halo" in out and "two.plan" in out
+    assert "network" in run("inspect", tmp_path / "new" / "two.plan")[1]
+
+
+def test_compile_refuses(fails, tmp_path):
+    (tmp_path / "bad.safetensors").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    source, out = checkpoint(tmp_path / "c.safetensors", "two"), ("-o", tmp_path / "a.plan")
+    fails("compile", tmp_path / "no.safetensors", *out, words=["no such checkpoint"])
+    fails("compile", tmp_path / "bad.safetensors", *out, words=["bad.safetensors", "cannot be read"])
+    fails("compile", source, *out, "--precision", "int4", code=2, words=["'int4'"])
+    fails("compile", source, *out, "--calibrate", tmp_path / "none", code=2, words=["no such file or folder"])
+    fails("compile", source, *out, "--calibrate", tmp_path / "empty", code=2, words=["no image found"])
+    assert not (tmp_path / "a.plan").exists()
+
+
+# -- demo ------------------------------------------------------------------------------------------
+
+
+def test_demo(run, shipped, tmp_path):
+    code, out, _ = run("demo", "--images", 1, "--out", tmp_path / "demo")
+    assert code == 0
+    assert "% of pixels right" in out and str(tmp_path / "demo" / "results" / "masks") in out
+    mask = np.asarray(Image.open(tmp_path / "demo" / "results" / "masks" / "field_0.png").convert("RGB"))
+    label = np.asarray(Image.open(tmp_path / "demo" / "labels" / "field_0.png").convert("RGB"))
+    assert mask.shape == label.shape == (720, 1128, 3)
+    assert f"{(mask == label).all(-1).mean():.1%} of pixels right" in out
+    assert (tmp_path / "demo" / "results" / "overlays").is_dir()
+
+
+def test_demo_on_a_folder_of_ones_own(run, fails, shipped, data, tmp_path):
+    code, out, _ = run("demo", data[0] / "images", "--out", tmp_path / "demo")
+    assert code == 0 and "pixels right" not in out and not (tmp_path / "demo" / "images").exists()
+    assert len(list((tmp_path / "demo" / "results" / "masks").iterdir())) == 3
+    fails("demo", tmp_path / "nowhere", "--out", tmp_path / "demo", code=2, words=["no such file or folder"])
+
+
+# -- the plan that ships ---------------------------------------------------------------------------
+
+
+def test_shipped_plan():
+    path = plans.FOLDER / "final.plan"
+    assert path.is_file(), f"{path} is missing: `histoseg-fast compile` writes it from the trained checkpoint"
+    assert path.stat().st_size < 16 * 2**20
+    plan = plans.open_plan("final")
+    assert (plan.manifest["arch"], plan.stride, plan.halo) == ("final", 4, 28)
+    assert plan.palette.names == ("background", "cancer", "stroma")
+    assert pack({k: plan.manifest[k] for k in plan.manifest}, plan.members) == path.read_bytes()
+    with open_engine(plan, precision="fp32") as engine:
+        assert np.isfinite(run_tiled(engine, plan, noise(30, 20))).all()
+    assert MODEL in plan.members

@@ -1,0 +1,308 @@
+"""The CPU engine: tiles, batches and threads never change an answer, and models that do not fit are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from random_networks import noise, plan_of
+
+from histoseg_fast import engines
+from histoseg_fast.engines import AGREEMENT_GATE, choose_precision, cpu_precisions, open_engine, run_tiled
+from histoseg_fast.errors import EngineError, PlanError, UsageError
+from histoseg_fast.models.architectures import ARCHITECTURES
+from histoseg_fast.plan import MODEL, pack, unpack
+
+FEW = settings(max_examples=3, derandomize=True, deadline=None)
+MANY = settings(max_examples=40, deadline=None)
+needs_bf16 = pytest.mark.skipif("bf16" not in cpu_precisions(), reason="this CPU has no native bf16")
+
+
+@pytest.fixture(scope="module")
+def fp32(tiny_plan):
+    with open_engine(tiny_plan, precision="fp32") as engine:
+        yield engine
+
+
+def changed(plan, members=None, **manifest):
+    """The plan with another model or other manifest fields."""
+    fields = {k: v for k, v in plan.manifest.items() if k not in ("format", "version", "members")}
+    return unpack(pack(fields | manifest, members or plan.members))
+
+
+def check_tiled(engine, plan, height, width, tile, seed=0):
+    image = noise(height, width, seed)
+    whole, tiled = run_tiled(engine, plan, image), run_tiled(engine, plan, image, tile)
+    assert whole.shape == (3, height, width) and np.isfinite(whole).all()
+    np.testing.assert_allclose(tiled, whole, atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(tiled.argmax(0), whole.argmax(0))
+
+
+# -- tiled = whole ---------------------------------------------------------------------------------
+
+
+@MANY
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(20, 400), st.integers(0, 99))
+@example(1, 1, 20, 0)
+@example(600, 599, 21, 1)
+@example(1, 600, 20, 2)
+@example(37, 128, 36, 3)
+def test_tiled_equals_whole_for_a_tiny_network(tiny_plan, fp32, height, width, tile, seed):
+    check_tiled(fp32, tiny_plan, height, width, max(tile, 20 if height * width < 40_000 else 60), seed)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiled_equals_whole(arch):
+    plan = plan_of(arch)
+    least = 2 * plan.halo + 2 * plan.stride
+    with open_engine(plan, precision="fp32") as engine:
+
+        @FEW
+        @given(st.integers(1, 130), st.integers(1, 130), st.integers(0, 40))
+        @example(1, 1, 0)
+        @example(3, least + 9, 1)
+        @example(least + 30, least + 1, 0)
+        def check(height, width, more):
+            check_tiled(engine, plan, height, width, least + more)
+
+        check()
+
+
+def test_the_halo_is_needed():
+    """The test above can fail: with a stride less of halo the numbers differ."""
+    plan = plan_of("final")
+    short = changed(plan, halo=plan.halo - 2 * plan.stride)
+    image = noise(16, 140)
+    with open_engine(plan, precision="fp32") as engine:
+        assert not np.array_equal(run_tiled(engine, short, image, 72), run_tiled(engine, plan, image))
+
+
+@needs_bf16
+@pytest.mark.parametrize("arch", ["three", "final"])
+def test_tile_sizes_agree_in_bf16(arch):
+    plan = plan_of(arch)
+    image = noise(150, 171)
+    with open_engine(plan, precision="bf16") as engine:
+        whole = run_tiled(engine, plan, image).argmax(0)
+        for tile in (80, 112):
+            assert (run_tiled(engine, plan, image, tile).argmax(0) == whole).mean() >= 0.9999
+
+
+@needs_bf16
+def test_bf16_is_near_fp32_but_not_it(tiny_plan):
+    image = noise(64, 64)
+    with open_engine(tiny_plan, precision="bf16") as engine, open_engine(tiny_plan, precision="fp32") as exact:
+        assert (engine.precision, exact.precision) == ("bf16", "fp32")
+        near, logits = run_tiled(engine, tiny_plan, image), run_tiled(exact, tiny_plan, image)
+    assert not np.array_equal(near, logits)
+    assert np.abs(near - logits).max() < 0.05 * np.abs(logits).max()
+
+
+# -- batches, threads, slots -----------------------------------------------------------------------
+
+
+def run(engine, slot, images):
+    slot.reshape(*images.shape[:3])[...] = images
+    engine.submit(slot)
+    return engine.wait(slot).copy()
+
+
+@pytest.mark.parametrize("arch", ["tiny", "two", "final"])
+def test_batches_and_threads_give_the_same_bits(tiny_plan, arch):
+    plan = tiny_plan if arch == "tiny" else plan_of(arch)
+    images = noise(5 * 64, 48).reshape(5, 64, 48, 3)
+    results = []
+    for threads in (1, 2, 3, 0):
+        with open_engine(plan, precision="fp32", threads=threads) as engine:
+            (slot,) = engine.slots(1)
+            for batch in (1, 2, 5) if threads in (0, 1) else (5,):
+                parts = [run(engine, slot, images[i : i + batch]) for i in range(0, 5, batch)]
+                results.append(np.concatenate(parts))
+    assert all(result.tobytes() == results[0].tobytes() for result in results)
+
+
+def test_a_slot_is_reused_for_larger_and_smaller_batches(tiny_plan, fp32):
+    (slot,) = fp32.slots(1)
+    shapes = [(1, 64, 64), (3, 20, 40), (1, 2, 2), (2, 128, 130), (1, 64, 64), (1, 2, 600), (4, 64, 64)]
+    for i, shape in enumerate(shapes):
+        images = noise(shape[0] * shape[1], shape[2], i).reshape(*shape, 3)
+        for image, logits in zip(images, run(fp32, slot, images), strict=True):
+            np.testing.assert_array_equal(logits, run_tiled(fp32, tiny_plan, image))
+
+
+def test_slots_run_beside_each_other(tiny_plan, fp32):
+    slots, images = fp32.slots(3), [noise(40 + 2 * i, 50, i) for i in range(3)]
+    for slot, image in zip(slots, images, strict=True):
+        slot.reshape(1, *image.shape[:2])[0] = image
+        fp32.submit(slot)
+    for slot, image in reversed(list(zip(slots, images, strict=True))):
+        logits = fp32.wait(slot)
+        assert logits.dtype == np.float32 and slot.logits is logits
+        np.testing.assert_array_equal(logits[0], run_tiled(fp32, tiny_plan, image))
+
+
+def test_reshape_keeps_memory_that_is_large_enough(fp32):
+    (slot,) = fp32.slots(1)
+    first = slot.reshape(2, 10, 10)
+    assert first.shape == (2, 10, 10, 3) and first.dtype == np.uint8 and first.flags.c_contiguous
+    assert np.shares_memory(slot.reshape(1, 4, 6), first)
+    assert slot.logits is None
+
+
+def test_what_the_engine_says_of_itself(fp32):
+    assert (fp32.device, fp32.precision) == ("cpu", "fp32") and fp32.name.startswith("OpenVINO 20")
+
+
+# -- models that do not fit ------------------------------------------------------------------------
+
+
+def edit(plan, change):
+    model = onnx.load_from_string(plan.members[MODEL])
+    change(model.graph)
+    return changed(plan, {MODEL: model.SerializeToString()})
+
+
+def input_type(graph):
+    graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def input_shape(*dims):
+    def change(graph):
+        graph.input[0].CopyFrom(helper.make_tensor_value_info("rgb", TensorProto.UINT8, dims))
+
+    return change
+
+
+def planes_first(graph):
+    del graph.node[0]
+    graph.node[0].input[0] = "rgb"
+    input_shape("n", 3, "h", "w")(graph)
+
+
+def two_outputs(graph):
+    graph.output.append(helper.make_tensor_value_info("x7", TensorProto.FLOAT, ["n", 8, "h", "w"]))
+
+
+def two_inputs(graph):
+    graph.input.append(helper.make_tensor_value_info("more", TensorProto.UINT8, ["n", "h", "w", 3]))
+    graph.node.append(helper.make_node("Cast", ["more"], ["more_float"], to=TensorProto.FLOAT))
+    graph.node.append(helper.make_node("Shape", ["more_float"], ["unused"]))
+
+
+def other_output(name, channels):
+    def change(graph):
+        graph.output[0].CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", channels, "h", "w"]))
+
+    return change
+
+
+def integer_output(graph):
+    graph.node.append(helper.make_node("Cast", ["logits"], ["ids"], to=TensorProto.INT32))
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("ids", TensorProto.INT32, ["n", 3, "h", "w"]))
+
+
+def dynamic_rank(graph):
+    graph.input[0].type.tensor_type.ClearField("shape")
+
+
+def unknown_operator(graph):
+    graph.node[5].op_type = "Frobnicate"
+
+
+WRONG = {
+    "float input": input_type,
+    "planes first": planes_first,
+    "fixed size": input_shape(1, 64, 64, 3),
+    "fixed batch": input_shape(1, "h", "w", 3),
+    "four channels": input_shape("n", "h", "w", 4),
+    "unknown channels": input_shape("n", "h", "w", "c"),
+    "no batch": input_shape("h", "w", 3),
+    "any rank": dynamic_rank,
+    "eight classes": other_output("x7", 8),
+    "two outputs": two_outputs,
+    "two inputs": two_inputs,
+    "integers out": integer_output,
+    "unknown operator": unknown_operator,
+}
+
+
+def refused(plan):
+    with pytest.raises(PlanError) as caught:
+        open_engine(plan, precision="fp32")
+    message = str(caught.value)
+    assert message.isprintable() and MODEL in message and len(message) < 500
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_models_of_another_kind(tiny_plan, name):
+    refused(edit(tiny_plan, WRONG[name]))
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_another_number_of_classes(tiny_plan, classes):
+    refused(changed(tiny_plan, classes=[{"name": f"c{i}", "colour": [i, 0, 0]} for i in range(classes)]))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 1000, b"\xff" * 64, b"<?xml version='1.0'?><net/>"])
+def test_bytes_that_are_no_model(tiny_plan, content):
+    refused(changed(tiny_plan, {MODEL: content}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_truncated_models(tiny_plan, data):
+    model = tiny_plan.members[MODEL]
+    refused(changed(tiny_plan, {MODEL: model[: data.draw(st.integers(0, len(model) - 40))]}))
+
+
+def test_a_model_that_changes_the_size_fails_in_one_line(tiny_plan):
+    def half(graph):
+        graph.node[9].attribute[0].CopyFrom(helper.make_attribute("strides", [1, 1]))
+
+    with open_engine(edit(tiny_plan, half), precision="fp32") as engine, pytest.raises(EngineError) as caught:
+        run_tiled(engine, tiny_plan, noise(32, 32))
+    assert "logits" in str(caught.value) and str(caught.value).isprintable()
+
+
+# -- the choice of device and precision ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("here", "fixed", "agreement", "wanted", "chosen"),
+    [
+        ("fp32 bf16", "auto", AGREEMENT_GATE, "auto", "bf16"),
+        ("fp32 bf16", "auto", AGREEMENT_GATE - 1e-6, "auto", "fp32"),
+        ("fp32 bf16", "auto", None, "auto", "fp32"),
+        ("fp32", "auto", 1.0, "auto", "fp32"),
+        ("fp32 bf16", "bf16", 0.5, "auto", "bf16"),
+        ("fp32 bf16", "fp32", 1.0, "auto", "fp32"),
+        ("fp32", "bf16", 1.0, "auto", "fp32"),
+        ("fp32 bf16", "int8", 1.0, "auto", "fp32"),
+        ("fp32 bf16", "auto", 0.1, "bf16", "bf16"),
+        ("fp32 bf16", "bf16", 1.0, "fp32", "fp32"),
+        ("fp32", "bf16", 1.0, "bf16", EngineError),
+        ("fp32 bf16", "auto", 1.0, "int4", UsageError),
+        ("fp32 bf16", "auto", 1.0, "", UsageError),
+    ],
+)
+def test_choice_of_precision(tiny_plan, monkeypatch, here, fixed, agreement, wanted, chosen):
+    monkeypatch.setattr(engines, "cpu_precisions", lambda: tuple(here.split()))
+    measured = {"fp32": {"agreement": 1.0}} | ({} if agreement is None else {"bf16": {"agreement": agreement}})
+    plan = changed(tiny_plan, precision=fixed, precisions=measured)
+    if isinstance(chosen, str):
+        assert choose_precision(plan, wanted) == chosen
+    else:
+        with pytest.raises(chosen, match=r"--precision auto or fp32|choose one of auto, fp32"):
+            choose_precision(plan, wanted)
+
+
+def test_devices(tiny_plan):
+    with pytest.raises(EngineError, match="CUDA"):
+        open_engine(tiny_plan, device="cuda")
+    with pytest.raises(UsageError, match="'tpu'; choose one of auto, cpu, cuda"):
+        open_engine(tiny_plan, device="tpu")
+    with open_engine(tiny_plan, device="cpu", precision="fp32") as engine:
+        assert engine.device == "cpu"

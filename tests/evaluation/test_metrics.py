@@ -1,0 +1,132 @@
+"""Scores against NumPy, SciPy and scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from histoseg_fast.evaluation._counts import count_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score
+
+from histoseg_fast.evaluation.metrics import Scores, score_logits
+
+NAMES = ("background", "cancer", "stroma")
+SETTINGS = settings(deadline=None, max_examples=150)
+
+
+@st.composite
+def scored(draw):
+    """Logits (C, H, W) in any layout and labels with unlabelled pixels."""
+    classes, height, width = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    spread = draw(st.sampled_from([0, 0.1, 3, 1e3, 1e30]))
+    logits = random.normal(0, spread, (height, width, classes)).astype(np.float32)
+    if draw(st.booleans()):
+        logits = np.round(logits)  # ties
+    logits = logits.transpose(2, 0, 1)
+    if draw(st.booleans()):
+        logits = np.ascontiguousarray(logits)
+    labels = random.integers(0, classes, (height, width), np.uint8)
+    labels[random.random(labels.shape) < draw(st.sampled_from([0, 0.3, 1]))] = draw(st.sampled_from([classes, 255]))
+    return logits, labels
+
+
+@SETTINGS
+@given(scored())
+def test_confusion_and_cross_entropy(pair):
+    logits, labels = pair
+    classes, counted = len(logits), labels < len(logits)
+    confusion = np.full((classes, classes), 5, np.int64)
+    total = score_logits(logits, labels, confusion)
+    truth, predicted = labels[counted], logits.argmax(0)[counted]
+    expected = np.zeros((classes, classes), np.int64)
+    np.add.at(expected, (truth, predicted), 1)
+    np.testing.assert_array_equal(confusion - 5, expected)
+    exact = logits.astype(np.float64)
+    peak = exact.max(0)
+    log_softmax = exact - peak - np.log(np.exp(exact - peak).sum(0))
+    picked = np.take_along_axis(log_softmax, np.where(counted, labels, 0)[None].astype(int), 0)[0]
+    np.testing.assert_allclose(total, -picked[counted].sum(), rtol=1e-10, atol=1e-9)
+
+
+def test_cross_entropy_is_torchs():
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(4)
+    logits = random.normal(0, 4, (3, 50, 60)).astype(np.float32)
+    labels = random.integers(0, 3, (50, 60), np.uint8)
+    labels[:5] = 255
+    scores = Scores(NAMES)
+    scores.add(logits, labels)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).double()[None], torch.from_numpy(labels).long()[None], ignore_index=255
+    )
+    assert scores.cross_entropy == pytest.approx(float(expected), rel=1e-12)
+
+
+@SETTINGS
+@given(st.integers(0, 2**32), st.lists(st.sampled_from([0, 1, 2]), min_size=1, unique=True))
+def test_scores_are_scikit_learns(seed, present):
+    """Two images pooled, some classes in neither labels nor prediction."""
+    random = np.random.default_rng(seed)
+    scores, truths, guesses = Scores(NAMES), [], []
+    for _ in range(2):
+        labels = random.choice(np.array(present, np.uint8), (6, 7))
+        logits = random.normal(0, 1, (3, 6, 7)).astype(np.float32)
+        logits[[c for c in range(3) if c not in present]] = -9
+        scores.add(logits, labels)
+        truths.append(labels.ravel())
+        guesses.append(logits.argmax(0).ravel())
+    truth, guess = np.concatenate(truths), np.concatenate(guesses)
+    np.testing.assert_array_equal(scores.confusion, confusion_matrix(truth, guess, labels=[0, 1, 2]))
+    assert scores.pixel_accuracy == pytest.approx(accuracy_score(truth, guess))
+    iou = jaccard_score(truth, guess, labels=present, average=None)
+    np.testing.assert_allclose(scores.iou[present], iou)
+    np.testing.assert_allclose(scores.dice[present], f1_score(truth, guess, labels=present, average=None))
+    absent = [c for c in range(3) if c not in present]
+    assert np.isnan(scores.iou[absent]).all() and np.isnan(scores.dice[absent]).all()
+    assert scores.mean_iou == pytest.approx(iou.mean())
+    assert (scores.images, scores.pixels) == (2, 84)
+
+
+def test_a_class_that_is_only_predicted_counts_as_missed():
+    scores = Scores(NAMES)
+    scores.confusion[:] = [[6, 0, 2], [0, 4, 0], [0, 0, 0]]
+    assert scores.iou.tolist() == [6 / 8, 1.0, 0.0] and scores.dice.tolist() == [12 / 14, 1.0, 0.0]
+    assert scores.mean_iou == pytest.approx(1.75 / 3)
+
+
+def test_json_of_nothing_and_of_absent_classes():
+    scores = Scores(NAMES)
+    empty = scores.as_json()
+    assert empty["pixels"] == 0 and empty["images"] == 0
+    assert [empty[key] for key in ("cross_entropy", "pixel_accuracy", "mean_iou")] == [None] * 3
+    scores.add(np.zeros((3, 2, 2), np.float32), np.array([[0, 0], [0, 255]], np.uint8))
+    filled = json.loads(json.dumps(scores.as_json(), allow_nan=False))
+    assert filled["iou"] == {"background": 1.0, "cancer": None, "stroma": None} == filled["dice"]
+    assert filled["cross_entropy"] == pytest.approx(math.log(3), abs=1e-6)
+    assert filled["confusion"] == [[3, 0, 0], [0, 0, 0], [0, 0, 0]] and filled["pixels"] == 3
+
+
+@SETTINGS
+@given(st.integers(0, 2**32))
+def test_count_pairs(seed):
+    random = np.random.default_rng(seed)
+    labels, predicted = random.integers(0, 4, (2, 5, 9), np.uint8)  # 3 is none of the three classes
+    confusion = np.zeros((3, 3), np.int64)
+    count_pairs(labels, predicted, confusion)
+    expected = confusion_matrix(labels.ravel(), predicted.ravel(), labels=range(4))[:3, :3]
+    np.testing.assert_array_equal(confusion, expected)
+
+
+def test_shapes_that_do_not_fit():
+    logits, labels, confusion = np.zeros((3, 4, 5), np.float32), np.zeros((4, 5), np.uint8), np.zeros((3, 3), np.int64)
+    wrong = (logits, labels[:3], confusion), (logits, labels, confusion[:2]), (logits[:2], labels, confusion)
+    for arguments in wrong:
+        with pytest.raises(ValueError):
+            score_logits(*(np.ascontiguousarray(a) for a in arguments))
+    with pytest.raises(ValueError):
+        count_pairs(labels, labels[:, :3], confusion)

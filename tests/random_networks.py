@@ -1,0 +1,63 @@
+"""The four networks with random weights, exported once for all tests that need them (an export takes seconds)."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from histoseg_fast.compiling.export import export_onnx
+from histoseg_fast.compiling.halo import measure
+from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
+from histoseg_fast.models.network import SegmentationNetwork
+from histoseg_fast.plan import MODEL, Plan, pack, unpack
+from histoseg_fast.training.checkpoint import write_checkpoint
+
+NAMES, COLOURS = ["background", "cancer", "stroma"], [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
+
+
+@functools.cache
+def network(arch: str) -> SegmentationNetwork:
+    """The network with random weights and biases, the same every time."""
+    torch.manual_seed(7)
+    made = SegmentationNetwork(arch)
+    with torch.no_grad():
+        for name, tensor in made.named_parameters():
+            if name.endswith("bias"):
+                tensor.normal_(0, 0.1)
+    return made.eval()
+
+
+@functools.cache
+def exported(arch: str) -> onnx.ModelProto:
+    """`network(arch)` as ONNX."""
+    return export_onnx(network(arch))
+
+
+@functools.cache
+def plan_of(arch: str) -> Plan:
+    """A verified plan of `network(arch)`."""
+    receptive = measure(exported(arch))
+    manifest = {
+        **{"name": arch, "arch": arch, "precision": "auto", "precisions": {"fp32": {"agreement": 1.0}}},
+        **{"stride": receptive.stride, "halo": receptive.halo, "tile": {"default": 256}},
+        "classes": [{"name": n, "colour": c} for n, c in zip(NAMES, COLOURS, strict=True)],
+        **{key: {} for key in ("normalisation", "training", "scores", "made_with")},
+    }
+    return unpack(pack(manifest, {MODEL: exported(arch).SerializeToString(deterministic=True)}))
+
+
+def checkpoint(path: Path, arch: str, /, **changes: object) -> Path:
+    """A checkpoint file of `network(arch)`; `changes` go into its description."""
+    description = {"arch": arch, "classes": NAMES, "colours": COLOURS, "training": {}, "scores": {}}
+    description["normalisation"] = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    write_checkpoint(path, network(arch).state_dict(), description | changes)
+    return path
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """An RGB image of random pixels: the hardest for seams."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
