@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every file that is still being written; whatever carries it may be deleted."""
+
+_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -22,15 +25,19 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:180]}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    # 40 characters are at most 160 bytes, so that the whole name stays under the usual limit of 255.
+    partial = target.with_name(f".{target.name[:40]}.{os.getpid()}-{next(_numbers)}{TEMPORARY_SUFFIX}")
+    stream = open(partial, "wb")  # noqa: SIM115 (closed below, where a full disk may refuse its last bytes)
     try:
-        with open(partial, "wb") as stream:
-            yield stream
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
+        yield stream
+        stream.flush()
+        if durable:
+            os.fsync(stream.fileno())
+        stream.close()
         os.replace(partial, target)
     except BaseException:
+        with contextlib.suppress(OSError):
+            stream.close()
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise

@@ -33,8 +33,11 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> NoReturn:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some inputs failed, 130 and 143 interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no failure
     try:
         code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except HistosegError as error:

@@ -51,8 +51,9 @@ def command(
     finally:
         display.close()
     print(
-        f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; {display.rate(record['wall_seconds'])}; "
-        f"{record['plan']} plan on {record['device']}, {record['engine']}, {record['precision']}; results in {out}"
+        f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
+        f"{display.rate(record['wall_seconds'])}; {record['plan']} plan on {record['device']}, "
+        f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
     )
     if display.signal:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -67,7 +68,7 @@ class Display:
     """
 
     def __init__(self, out: Path):
-        self.signal = 0
+        self.signal, self._told = 0, False
         self._out, self._bar, self._stream, self._total = out, None, None, 0
         self._terminal = sys.stderr.isatty()
         self._last = self._started = time.perf_counter()
@@ -94,6 +95,9 @@ class Display:
             self._print(f"{one_line(entry['input'])}: {warning}")
 
     def poll(self) -> None:
+        if self.signal and not self._told:
+            self._told = True
+            self._print(f"{signal.Signals(self.signal).name}: finishing what is in flight")
         totals, now = self._stream.totals, time.perf_counter()
         over = totals.done + totals.failed + totals.skipped
         if self._bar is not None:
@@ -117,8 +121,7 @@ class Display:
         if self.signal and number == signal.SIGINT:
             os._exit(128 + number)  # whatever is half written bears a temporary name, and the next run removes it
         self.signal = number
-        self._stream.stop()
-        print(f"{signal.Signals(number).name}: finishing what is in flight", file=sys.stderr)
+        self._stream.stop()  # `poll` says so: a handler that prints may meet the print it interrupted
 
     def _print(self, line: str) -> None:
         if self._bar is not None:

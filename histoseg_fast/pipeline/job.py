@@ -99,19 +99,21 @@ class Job:
         """Crop and paste one tile (RGB uint8 (h, w, 3), logits float32 (C, h, w)); the band, once it is whole."""
         rows, columns = self.grid.rows[row], self.grid.columns[column]
         band = self._bands.get(row) or self._new_band(row)
-        core = (rows.core - rows.outer, columns.core - columns.outer)
-        core += (rows.core_end - rows.outer, columns.core_end - columns.outer)
+        top, left = rows.core - rows.outer, columns.core - columns.outer
+        core = (top, left, rows.core_end - rows.outer, columns.core_end - columns.outer)
         target = slice(columns.core, columns.core_end)
         probabilities = None if band.probabilities is None else band.probabilities[:, :, target]
         broken = _core.stitch(logits, core, band.classes[:, target], self.counts, self.confidence, probabilities)
         if broken:
             raise EngineError(
-                f"the network gave NaN or infinite logits at {broken} pixel(s)", where=self.source.name, fix="use --precision fp32"
+                f"the network gave NaN or infinite logits at {broken} pixel(s)",
+                where=self.source.name,
+                fix="use --precision fp32",
             )
         if band.rgb is not None:
             band.rgb[:, target] = tile[core[0] : core[2], core[1] : core[3]]
         band.missing -= 1
-        return self._bands.pop(row) if band.missing == 0 else None
+        return self._bands.pop(row, None) if band.missing == 0 else None  # None too if it was abandoned meanwhile
 
     def _new_band(self, row: int) -> Band:
         rows, width = self.grid.rows[row], self.grid.width
@@ -151,7 +153,7 @@ class Job:
 
     def finish(self) -> dict[str, Any]:
         """Put the outputs in place; their manifest fields. Raises ImageError (disk full)."""
-        files = {}
+        files: dict[str, Any] = {}
         paths = self.outputs.paths(self.source.stem)
         for kind, writer in self._writers.items():
             files |= {kind: paths[kind], f"{kind}_sha256": writer.finish()}

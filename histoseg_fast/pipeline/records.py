@@ -13,12 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from histoseg_fast.errors import HistosegError, UsageError
+from histoseg_fast.errors import UsageError
 from histoseg_fast.files import atomic_write
 
 MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
-OUTPUTS = ("mask", "overlay", "probabilities")
-"""Manifest keys of output files; each has a sibling `<key>_sha256`."""
 
 
 class Manifest:
@@ -56,18 +54,22 @@ class Manifest:
             self._stream.write(line.encode("ascii"))
             self._stream.flush()
 
-    def complete(self, name: str, sha256: str, key: str, out: Path) -> bool:
-        """Whether image `name` with digest `sha256` is done under the same plan and options (`key`), outputs intact."""
+    def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
+        """Whether image `name` with digest `sha256` is done under the same plan and options (`key`), and its outputs
+        lie intact in `out` at `paths` (relative, by their manifest key; another image in the run can move them).
+        """
         entry = self.entries.get(name)
         if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
             return False
         return all(
-            _digest(out / entry[kind]) == entry.get(f"{kind}_sha256") for kind in OUTPUTS if entry.get(kind) is not None
+            entry.get(kind) == path and _digest(out / path) == entry.get(f"{kind}_sha256", "")
+            for kind, path in paths.items()
         )
 
     def close(self) -> None:
         """Close the file and give the folder free."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take; `add` has raised for it
+            self._stream.close()
         self._lock_file.close()
 
 
@@ -82,23 +84,21 @@ def _lock(path: Path) -> io.IOBase:
     except OSError as error:
         stream.close()
         if isinstance(error, BlockingIOError):
-            raise UsageError("another run is writing here", where=path.parent, fix="wait for it, or use another --out") from None
+            raise UsageError(
+                "another run is writing here", where=path.parent, fix="wait for it, or use another --out"
+            ) from None
     return stream
 
 
 def _digest(path: Path) -> str | None:
     try:
         with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(stream)
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
     except OSError:
         return None
-
-
-def _digest_310(stream: io.BufferedReader) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def run_key(plan_sha256: str, options: Mapping[str, Any]) -> str:
@@ -123,10 +123,8 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
         total = sum(counts)
         shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
         ratio = tumour_stroma_ratio(entry["pixels"])
-        writer.writerow(
-            [entry["input"], entry["width"], entry["height"], *shares]
-            + ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
-        )
+        scores = ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
+        writer.writerow([entry["input"], entry["width"], entry["height"], *shares, *scores])
     with atomic_write(out / SUMMARY) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
@@ -154,4 +152,4 @@ def clear_partials(out: Path) -> None:
                     os.unlink(os.path.join(folder, file))
 
 
-__all__ = ["HistosegError", "Manifest", "clear_partials", "run_key", "tumour_stroma_ratio", "write_run", "write_summary"]
+__all__ = ["Manifest", "clear_partials", "run_key", "tumour_stroma_ratio", "write_run", "write_summary"]

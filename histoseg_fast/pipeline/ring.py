@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from histoseg_fast.engines.base import Engine, Slot
-from histoseg_fast.errors import EngineError
 
 if TYPE_CHECKING:
     from histoseg_fast.pipeline.job import Job
@@ -40,20 +39,22 @@ class Batch:
     capacity: int
     tiles: list[Tile | None] = field(default_factory=list)
     filled: int = 0
-    closed: bool = False
     submitted: float = 0.0
 
 
 class Ring:
-    """Hands out places in batches, submits full batches, and gives them back in order of submission.
+    """Hands out places in batches, submits them in that order when they are filled, and gives them back in it.
 
-    All tiles of a batch have one shape: a tile of another shape closes the open batch, full or not. A place
-    that was taken must be filled before the same thread takes another, so a waiting thread never holds up a batch.
+    The order matters: a batch that was filled early but opened late must wait, or an image whose tiles lie in
+    both would have its bands finished out of order. All tiles of a batch have one shape: a tile of another
+    shape closes the open batch, full or not. A place that was taken must be filled before the same thread
+    takes another, so a waiting thread never holds up a batch.
     """
 
     def __init__(self, engine: Engine, depth: int, batch: int):
         self.engine, self.batch = engine, batch
         self._free: deque[Slot] = deque(engine.slots(depth))
+        self._closed: deque[Batch] = deque()
         self._submitted: deque[Batch] = deque()
         self._open: Batch | None = None
         self._pending = 0
@@ -82,31 +83,29 @@ class Ring:
                 self._changed.wait()
 
     def fill(self, batch: Batch, index: int, tile: Tile | None) -> None:
-        """Say that place `index` holds `tile` now (None: nothing of use); the last place of a closed batch submits it."""
+        """Say that place `index` holds `tile` now (None: nothing of use); full closed batches are submitted."""
         with self._changed:
             batch.tiles[index] = tile
             batch.filled += 1
-            self._submit_if_ready(batch)
+            self._submit_filled()
 
     def _close_open(self) -> None:
         batch, self._open = self._open, None
         assert batch is not None
-        batch.closed = True
-        self._submit_if_ready(batch)
+        self._closed.append(batch)
+        self._submit_filled()
 
-    def _submit_if_ready(self, batch: Batch) -> None:
-        if not batch.closed or batch.filled < len(batch.tiles) or self._stopped:
-            return
-        if len(batch.tiles) < batch.slot.input.shape[0]:
-            kept = batch.slot.input[: len(batch.tiles)]
-            batch.slot.input = kept
-        batch.submitted = time.perf_counter()
-        self.engine.submit(batch.slot)
-        self._submitted.append(batch)
-        self._changed.notify_all()
+    def _submit_filled(self) -> None:
+        while self._closed and self._closed[0].filled == len(self._closed[0].tiles) and not self._stopped:
+            batch = self._closed.popleft()
+            batch.slot.input = batch.slot.input[: len(batch.tiles)]
+            batch.submitted = time.perf_counter()
+            self.engine.submit(batch.slot)
+            self._submitted.append(batch)
+            self._changed.notify_all()
 
     def next(self) -> Batch | None:
-        """The next batch in order of submission (its engine run may not be over), or None after `finish` and the last."""
+        """The next batch in order (its engine run may not be over), or None after `finish` and the last."""
         with self._changed:
             while not self._submitted:
                 if self._stopped:
@@ -140,6 +139,6 @@ class Ring:
     def drain(self) -> None:
         """Wait for what the engine still runs, after a stop: its memory must outlive the run."""
         for batch in self._submitted:
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(Exception):  # the error that stopped the ring is the one to tell
                 self.engine.wait(batch.slot)
         self._submitted.clear()

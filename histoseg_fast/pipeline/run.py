@@ -27,7 +27,7 @@ MAX_READERS = 4
 
 @dataclass(frozen=True)
 class InferOptions:
-    """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). threads: CPU threads (0: all cores)."""
+    """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). threads: CPU threads (0: all)."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -137,4 +137,5 @@ def _versions(engine: Engine) -> dict[str, str]:
 
 
 def _unwritable(out: Path, error: OSError) -> ImageError:
-    return ImageError(f"cannot be written: {error.strerror or error}", where=out, fix="choose another --out, or free space")
+    reason = error.strerror or str(error)
+    return ImageError(f"cannot be written: {reason}", where=out, fix="choose another --out, or free space")

@@ -12,6 +12,9 @@ from pathlib import Path, PurePosixPath
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SUFFIXES
 
+OUTPUT_FOLDERS = ("masks", "overlays", "probabilities")
+"""Folders of results in `out`; never read as input."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -25,8 +28,8 @@ class Source:
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     """Every image that `inputs` (files, folders, glob patterns) name, sorted by name, each file once.
 
-    Folders are searched recursively for the known suffixes (hidden files and `out` itself left out) and do
-    not follow links to folders; names are relative to the folder or, for a file or pattern, the file's own
+    Folders are searched recursively for the known suffixes (hidden files, `out` and results in it left out) and
+    do not follow links to folders; names are relative to the folder or, for a file or pattern, the file's own
     name. An image's outputs are called by its name without suffix, unless two images share that; then both
     keep their suffix. Raises UsageError if an input names nothing, or two inputs would share an output.
     """
@@ -53,13 +56,17 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
 
 
 def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
-    path = Path(text)
-    if path.is_dir():
+    path, results = Path(text), _results(out)
+    if _inside(path, results):
+        raise UsageError("holds results of this very --out", where=text, fix="use another --out")
+    if os.path.isdir(path):
         yield from _walk(path, out)
-    elif path.exists() or path.is_symlink():
+    elif os.path.lexists(path):
         yield path, path.name
     elif glob.has_magic(text):
         for match in sorted(glob.glob(text, recursive=True)):
+            if _inside(Path(match), results):
+                continue
             if os.path.isdir(match):
                 yield from _walk(Path(match), out)
             elif Path(match).suffix.lower() in SUFFIXES:
@@ -69,15 +76,28 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
 
 
 def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
-    skip = os.path.realpath(out)
-    for folder, folders, files in os.walk(root):
+    skip = {os.path.realpath(out), *_results(out)}
+    for folder, folders, files in os.walk(root, onerror=_unlisted):
         folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) != skip
+            f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in skip
         )
         for file in sorted(files):
             if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
                 path = Path(folder, file)
                 yield path, path.relative_to(root).as_posix()
+
+
+def _unlisted(error: OSError) -> None:
+    raise UsageError(f"folder cannot be read: {error.strerror}", where=error.filename) from error
+
+
+def _results(out: Path) -> set[str]:
+    return {os.path.realpath(out / name) for name in OUTPUT_FOLDERS}
+
+
+def _inside(path: Path, folders: set[str]) -> bool:
+    real = Path(os.path.realpath(path))
+    return any(str(parent) in folders for parent in (real, *real.parents))
 
 
 def _stem(name: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
-from histoseg_fast.images import open_image
+from histoseg_fast.images import ImageSource, open_image
 from histoseg_fast.pipeline.job import Band, Job, Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
@@ -38,6 +38,9 @@ FATAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """A write that fails so would fail for every other image too."""
 
 
+STAGES = ("read", "engine", "stitch", "write")
+
+
 @dataclass
 class Totals:
     """What a run has done so far; `stage_seconds` are summed over images."""
@@ -46,7 +49,7 @@ class Totals:
     failed: int = 0
     skipped: int = 0
     pixels: int = 0
-    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "engine", "stitch", "write"), 0.0))
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 class Stream:
@@ -92,26 +95,28 @@ class Stream:
         """Work until all is done or stopped; `poll` is called about ten times a second. Raises what ended the run."""
         for thread in (*self._readers, self._stitcher, *self._writers):
             thread.start()
-        for thread in self._readers:
-            self._join(thread, poll)
-        if self.fatal is None:
-            try:
+        try:
+            for thread in self._readers:
+                self._join(thread, poll)
+            if self.fatal is None:
                 self._ring.finish()
-            except EngineError as error:
-                self._die(error)
-        self._join(self._stitcher, poll)
-        with contextlib.suppress(Stopped):
-            for waiting in self._queues:
-                self._put(waiting, None)
-        for thread in self._writers:
-            self._join(thread, poll)
+            self._join(self._stitcher, poll)
+            with contextlib.suppress(Stopped):
+                for waiting in self._queues:
+                    self._put(waiting, None)
+            for thread in self._writers:
+                self._join(thread, poll)
+        except BaseException as error:  # the engine's, or `poll`'s: no thread may outlive the run
+            self._die(error)
+        for thread in (*self._readers, self._stitcher, *self._writers):
+            thread.join()
         self._ring.drain()
         if self.fatal is not None:
             raise self.fatal
         return self.totals
 
     def stop(self) -> None:
-        """Take no new image, give up images of more than one band, finish what is in flight. Safe in a signal handler."""
+        """Take no new image, give up those of more than one band, finish what is in flight. For signal handlers too."""
         self._stop.set()
 
     @property
@@ -166,9 +171,11 @@ class Stream:
         try:
             image = open_image(source.path)
         except ImageError as error:
-            return self._report({"input": source.name, "status": "failed", "error": str(error)})
-        if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder):
-            image.close()
+            return self._report(self._entry(source) | {"status": "failed", "error": str(error)})
+        paths = self.outputs.paths(source.stem)
+        if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder, paths):
+            with contextlib.suppress(ImageError):  # it changes just now: the next run will see
+                image.close()
             return self._report({"input": source.name, "status": "skipped"})
         grid = TileGrid.cover(image.height, image.width, self.tile, self.halo, self.stride)
         job = Job(source, image, grid, self.outputs, number)
@@ -266,6 +273,8 @@ class Stream:
                 if item is None:
                     return
                 job, band = item
+                if band is not None and job.error is not None:
+                    continue  # settled already, or about to be: (job, None) follows
                 jobs[job.number] = job
                 if self._write_band(job, band):
                     del jobs[job.number]
@@ -275,9 +284,7 @@ class Stream:
 
     def _write_band(self, job: Job, band: Band | None) -> bool:
         """Write a band, or settle an image that failed (None); whether the image is over."""
-        if band is not None and job.error is not None:
-            return False
-        entry = self._entry(job)
+        entry = self._entry(job.source, job.image)
         try:
             if band is None:
                 assert job.error is not None
@@ -293,22 +300,17 @@ class Stream:
             job.abandon()
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in FATAL_ERRNO:
                 raise
-            job.fail(error)
-            self._report({"input": job.source.name, "status": "failed", "error": str(error)}, job)
+            if band is None or job.fail(error):  # else an earlier stage failed first, and its (job, None) follows
+                self._report(entry | {"status": "failed", "error": str(error)}, job)
             return True
         self._report(entry | {"status": "done", "error": None}, job)
         return True
 
-    def _entry(self, job: Job) -> dict[str, Any]:
-        return {
-            "input": job.source.name,
-            "sha256": job.image.sha256,
-            "key": self.key,
-            "engine": self.engine.name,
-            "device": self.engine.device,
-            "precision": self.engine.precision,
-            "warnings": job.image.warnings,
-        }
+    def _entry(self, source: Source, image: ImageSource | None = None) -> dict[str, Any]:
+        """What every manifest line says; `image` where it could be opened."""
+        engine = {"engine": self.engine.name, "device": self.engine.device, "precision": self.engine.precision}
+        known = {} if image is None else {"sha256": image.sha256, "key": self.key, "warnings": image.warnings}
+        return {"input": source.name, **known, **engine}
 
     def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:
         if job is not None:

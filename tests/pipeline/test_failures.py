@@ -1,0 +1,193 @@
+"""What breaks in the middle: one image costs itself, an engine or a disk ends the run, nothing hangs or is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import FakeEngine, entries, finish, make_pictures, make_stream, partials, picture, results, run_stream
+
+from histoseg_fast import _core
+from histoseg_fast.errors import EngineError, ImageError
+from histoseg_fast.images import MaskWriter, write_png
+from histoseg_fast.images.content import Content
+from histoseg_fast.labels import PAPER_PALETTE
+from histoseg_fast.pipeline import stream as stream_module
+from histoseg_fast.pipeline.job import Job, Outputs
+from histoseg_fast.pipeline.records import Manifest
+from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.tiling import TileGrid
+
+THREADS = {"readers": 2, "writers": 2, "batch": 2, "tile": 32}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twelve images of several bands each."""
+    make_pictures(tmp_path / "in", 12, 100, 60)
+    return tmp_path / "in"
+
+
+def check_resumes(images: Path, out: Path) -> None:
+    """After a failed run: nothing half-written, and the next run ends as if nothing had happened."""
+    assert not partials(out)
+    totals = run_stream(FakeEngine(), images, out, **THREADS)
+    assert totals.done + totals.skipped == 12 and totals.failed == 0
+    run_stream(FakeEngine(), images, out.parent / "plain", **THREADS)
+    assert results(out) == results(out.parent / "plain")
+
+
+@pytest.mark.parametrize("stage", ["on_submit", "on_wait"])
+@pytest.mark.parametrize("error", [EngineError("the device is gone"), RuntimeError("a bug"), MemoryError()])
+@pytest.mark.parametrize("call", [1, 5])
+def test_an_engine_that_fails_ends_the_run(
+    images: Path, tmp_path: Path, stage: str, error: Exception, call: int
+) -> None:
+    def fail(number: int) -> None:
+        if number >= call:
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        run_stream(FakeEngine(**{stage: fail}), images, tmp_path / "out", **THREADS)
+    assert raised.value is error
+    check_resumes(images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [EngineError("late"), RuntimeError("late")])
+def test_an_engine_that_fails_at_the_very_last_batch(tmp_path: Path, error: Exception) -> None:
+    """The last, unfilled batch is submitted by the main thread, not by a reader."""
+    make_pictures(tmp_path / "in", 3, 8, 8)
+
+    def fail(number: int) -> None:
+        raise error
+
+    with pytest.raises(type(error), match="late"):
+        run_stream(FakeEngine(on_submit=fail), tmp_path / "in", tmp_path / "out", batch=8)
+    assert not partials(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+def test_broken_logits_cost_their_image_alone(tmp_path: Path, bands: int) -> None:
+    """No two images share a batch's fate: the marked one fails, the others are as without it."""
+    for i in range(6):
+        rgb = picture(i, 32 * bands, 40) // 2
+        rgb[-1, -1] = 255 if i == 3 else 0
+        write_png(tmp_path / "in" / f"{i}.png", rgb)
+    totals = run_stream(FakeEngine(broken=255), tmp_path / "in", tmp_path / "out", **THREADS)
+    assert (totals.done, totals.failed) == (5, 1) and not partials(tmp_path / "out")
+    line = entries(tmp_path / "out")["3.png"]
+    assert line["status"] == "failed" and "NaN" in line["error"] and "3.png" in line["error"]
+    assert line["engine"] == "fake 1" and line["precision"] == "fp32" and len(line["sha256"]) == 64
+    (tmp_path / "in" / "3.png").unlink()
+    run_stream(FakeEngine(), tmp_path / "in", tmp_path / "plain", **THREADS)
+    assert results(tmp_path / "out") == results(tmp_path / "plain")
+
+
+def test_an_unexpected_error_in_any_thread_ends_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    places = ((stream_module, "open_image"), (Job, "fill_band"), (Job, "stitch"), (Job, "write"), (Job, "finish"))
+    for i, (owner, name) in enumerate(places):
+        with monkeypatch.context() as patch, pytest.raises(KeyError, match="a bug"):
+            patch.setattr(owner, name, broken)
+            run_stream(FakeEngine(), images, tmp_path / f"out{i}", **THREADS)
+        assert not partials(tmp_path / f"out{i}")
+    with pytest.raises(KeyError, match="a bug"):
+        run_stream(FakeEngine(), images, tmp_path / "out", on_image=broken, **THREADS)
+    check_resumes(images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError()])
+def test_an_error_in_the_caller_stops_every_thread_first(images: Path, tmp_path: Path, error: BaseException) -> None:
+    def poll() -> None:
+        raise error
+
+    manifest = Manifest(tmp_path / "out")
+    with pytest.raises(type(error)):
+        finish(make_stream(FakeEngine(), images, tmp_path / "out", manifest, **THREADS), poll)
+    manifest.close()
+    check_resumes(images, tmp_path / "out")
+
+
+def fail_writes(patch: pytest.MonkeyPatch, number: int, when: object) -> None:
+    """Let the bytes of masks meet OSError `number` where `when(writer)`."""
+    write = MaskWriter._write
+
+    def fail(self: MaskWriter, data: bytes) -> None:
+        if when(self):
+            raise OSError(number, os.strerror(number))
+        write(self, data)
+
+    patch.setattr(MaskWriter, "_write", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_no_more_ends_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ImageError) as raised:
+        fail_writes(patch, number, lambda writer: writer.path.name >= "image_005.png" and writer._row)
+        run_stream(FakeEngine(), images, tmp_path / "out", **THREADS)
+    assert os.strerror(number) in str(raised.value) and "masks/image_" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert all(entry["status"] == "done" for entry in entries(tmp_path / "out").values())
+    check_resumes(images, tmp_path / "out")
+
+
+def test_a_mask_that_may_not_be_written_costs_its_image_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_writes(patch, errno.EACCES, lambda writer: writer.path.name == "image_005.png")
+        totals = run_stream(FakeEngine(), images, tmp_path / "out", **THREADS)
+    assert (totals.done, totals.failed) == (11, 1)
+    assert "Permission denied" in entries(tmp_path / "out")["image_005.png"]["error"]
+    check_resumes(images, tmp_path / "out")
+
+
+def test_an_image_given_up_while_its_tile_is_stitched_is_no_error(tmp_path: Path, monkeypatch) -> None:
+    """A writer that meets an error abandons the image from its own thread, at any moment."""
+    source = Source(tmp_path / "a.png", "a.png", "a")
+    grid = TileGrid.cover(8, 8, 64, 0, 1)
+    job = Job(source, None, grid, Outputs(tmp_path / "out", PAPER_PALETTE), 0)
+    stitch = _core.stitch
+    monkeypatch.setattr(_core, "stitch", lambda *arguments: (job.abandon(), stitch(*arguments))[1])
+    assert job.stitch(0, 0, np.zeros((8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.float32)) is None
+
+
+def test_an_image_that_changes_while_it_is_read_fails_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(self: Content) -> None:
+        if self.path.name == "image_004.png":
+            raise ImageError("changed while it was read", where=self.path)
+
+    monkeypatch.setattr(Content, "check_unchanged", changed)
+    totals = run_stream(FakeEngine(), images, tmp_path / "out", **THREADS)
+    assert (totals.done, totals.failed) == (11, 1)
+    monkeypatch.undo()
+    assert run_stream(FakeEngine(), images, tmp_path / "out", **THREADS).skipped == 11
+    monkeypatch.setattr(Content, "check_unchanged", changed)  # while it is found complete: nothing to lose
+    assert run_stream(FakeEngine(), images, tmp_path / "out", **THREADS).skipped == 12
+
+
+def test_each_image_is_counted_once_however_many_stages_it_fails_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken logits and an unwritable mask in the same image, in either order."""
+    for i in range(40):
+        rgb = np.full((64, 32, 3), 7, np.uint8)
+        rgb[-1] = 255
+        write_png(tmp_path / "in" / f"{i:02}.png", rgb)
+    fail_writes(monkeypatch, errno.EACCES, lambda writer: True)
+    reported = []
+    options = THREADS | {"on_image": lambda entry: reported.append(entry["input"])}
+    totals = run_stream(FakeEngine(broken=255), tmp_path / "in", tmp_path / "out", **options)
+    assert (totals.done, totals.failed) == (0, 40)
+    assert sorted(reported) == sorted(set(reported)) and len(reported) == 40

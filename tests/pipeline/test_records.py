@@ -1,0 +1,173 @@
+"""The manifest, the summary and the files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from running import FakeEngine, entries, make_pictures, partials, results, run_stream
+
+from histoseg_fast.errors import UsageError
+from histoseg_fast.files import atomic_write
+from histoseg_fast.pipeline.records import Manifest, clear_partials, run_key, tumour_stroma_ratio, write_summary
+
+CLASSES = ("background", "cancer", "stroma")
+MASK = {"mask": "masks/a.png"}
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+
+
+def done(name: str, background: int, cancer: int, stroma: int) -> dict[str, object]:
+    pixels = dict(zip(CLASSES, (background, cancer, stroma), strict=True))
+    total = background + cancer + stroma
+    return {"input": name, "status": "done", "pixels": pixels, "width": total, "height": 1, "mean_confidence": 0.5}
+
+
+@pytest.mark.parametrize("torn", [b'{"input": "image_003.png", "sta', b"\0\0\0\0", b'{"input": "x"'])
+def test_a_torn_last_line_is_cut_off_and_its_image_done_again(tmp_path: Path, torn: bytes) -> None:
+    make_pictures(tmp_path / "in", 4)
+    out = tmp_path / "out"
+    run_stream(FakeEngine(), tmp_path / "in", out)
+    before, path = results(out), out / "manifest.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + torn)
+    totals = run_stream(FakeEngine(), tmp_path / "in", out)
+    assert (totals.done, totals.skipped) == (1, 3)
+    assert results(out) == before and len(entries(out)) == 4  # every line parses again
+
+
+def test_lines_that_are_no_entries_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b'nonsense\n[1, 2]\n{"no": "input"}\n{"input": 5}\n\xff\xfe\n{"input": "a", "status": "done"}\n')
+    manifest = Manifest(tmp_path)
+    assert list(manifest.entries) == ["a"]
+    manifest.add({"input": "b\udcff\n", "status": "failed"})
+    manifest.close()
+    again = Manifest(tmp_path)
+    assert list(again.entries) == ["a", "b\udcff\n"]
+    again.close()
+
+
+def test_the_last_line_of_an_image_counts(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    for status in ("done", "failed"):
+        manifest.add({"input": "a", "status": status})
+    manifest.close()
+    again = Manifest(tmp_path)
+    assert again.entries["a"]["status"] == "failed"
+    again.close()
+
+
+def test_complete_asks_for_everything(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    with atomic_write(tmp_path / "masks" / "a.png") as stream:
+        stream.write(b"mask")
+    digest = hashlib.sha256(b"mask").hexdigest()
+    entry = {"input": "a", "status": "done", "sha256": "s", "key": "k", "mask": "masks/a.png", "mask_sha256": digest}
+    manifest.add(entry)
+    assert manifest.complete("a", "s", "k", tmp_path, MASK)
+    assert not manifest.complete("b", "s", "k", tmp_path, MASK)
+    assert not manifest.complete("a", "other", "k", tmp_path, MASK)
+    assert not manifest.complete("a", "s", "other", tmp_path, MASK)
+    assert not manifest.complete("a", "s", "k", tmp_path, {"mask": "masks/a.png.png"})
+    assert not manifest.complete("a", "s", "k", tmp_path, MASK | {"overlay": "overlays/a.jpg"})
+    for change in ({"status": "failed"}, {"mask_sha256": "0" * 64}, {"mask": 5}):
+        manifest.add(entry | change)
+        assert not manifest.complete("a", "s", "k", tmp_path, MASK)
+    manifest.add({key: value for key, value in entry.items() if key != "mask_sha256"})
+    (tmp_path / "masks" / "a.png").unlink()
+    assert not manifest.complete("a", "s", "k", tmp_path, MASK)
+    manifest.close()
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    first = Manifest(tmp_path)
+    with pytest.raises(UsageError, match="another run is writing here"):
+        Manifest(tmp_path)
+    first.close()
+    Manifest(tmp_path).close()
+
+
+def test_the_key_covers_plan_and_options() -> None:
+    keys = {run_key(plan, {"overlay": overlay}) for plan in ("a", "b") for overlay in (True, False)}
+    assert len(keys) == 4
+    assert run_key("a", {"x": 1, "y": 2}) == run_key("a", {"y": 2, "x": 1})
+
+
+@needs_dev_full
+def test_the_manifest_closes_on_a_full_disk(tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest._stream.close()
+    manifest._stream = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        manifest.add({"input": "a", "status": "done"})
+    manifest.close()
+    Manifest(tmp_path).close()  # the lock is free again
+
+
+def test_summary_rows_are_sorted_and_add_up(tmp_path: Path) -> None:
+    lines = [done("b \"q\"\n.png", 1, 1, 2), {"input": "0", "status": "failed"}, done("a,\udcff.png", 3, 0, 0)]
+    write_summary(tmp_path, lines, CLASSES)
+    text = (tmp_path / "summary.csv").read_bytes().decode("utf-8", "surrogateescape")
+    first, second = csv.DictReader(text.splitlines(keepends=True))
+    assert (first["image"], second["image"]) == ("a,\udcff.png", "b \"q\"\n.png")
+    assert first["tumour_stroma_ratio"] == "" and second["tumour_stroma_ratio"] == "0.333333"
+    assert [second[f"{name}_share"] for name in CLASSES] == ["0.250000", "0.250000", "0.500000"]
+    assert [second[f"{name}_pixels"] for name in CLASSES] == ["1", "1", "2"]
+    write_summary(tmp_path / "turned", lines[::-1], CLASSES)
+    assert (tmp_path / "turned" / "summary.csv").read_bytes() == (tmp_path / "summary.csv").read_bytes()
+
+
+def test_tumour_stroma_ratio() -> None:
+    assert tumour_stroma_ratio({"cancer": 3, "stroma": 1, "background": 9}) == 0.75
+    assert tumour_stroma_ratio({"background": 9}) is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "x" * 251 + ".png", "\u00fc" * 125 + ".png"])
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "deep" / name
+    with pytest.raises(KeyError), atomic_write(target) as stream:
+        stream.write(b"half")
+        raise KeyError
+    assert list(target.parent.iterdir()) == []
+    with atomic_write(target) as one, atomic_write(target) as other:
+        assert one.name != other.name and len(partials(tmp_path)) == 2 and not target.exists()
+        one.write(b"one")
+        other.write(b"other")
+    assert target.read_bytes() == b"one" and not partials(tmp_path)
+
+
+@needs_dev_full
+def test_a_full_disk_at_the_last_flush_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "a.png"
+    target.write_bytes(b"before")
+    with pytest.raises(OSError, match="No space left"), atomic_write(target) as stream:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, stream.fileno())
+        os.close(full)
+        stream.write(b"after")
+    assert target.read_bytes() == b"before" and list(tmp_path.iterdir()) == [target]
+
+
+def test_clear_partials_takes_its_own_files_only(tmp_path: Path) -> None:
+    keep = [tmp_path / "masks" / name for name in ("a.png", "b.partial", ".hidden")]
+    lost = [tmp_path / "masks" / ".a.png.12-3.partial", tmp_path / ".summary.csv.7-0.partial"]
+    (tmp_path / "masks").mkdir()
+    for path in (*keep, *lost):
+        path.write_bytes(b"")
+    clear_partials(tmp_path)
+    assert all(path.exists() for path in keep) and not any(path.exists() for path in lost)
+
+
+def test_every_manifest_line_says_what_ran(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "in", 2)
+    (tmp_path / "in" / "broken.png").write_bytes(b"")
+    run_stream(FakeEngine(), tmp_path / "in", tmp_path / "out")
+    for entry in map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()):
+        assert (entry["engine"], entry["device"], entry["precision"]) == ("fake 1", "cpu", "fp32")
+        assert bool(entry["error"]) == (entry["status"] == "failed")
+        if entry["status"] == "done":
+            assert set(entry["seconds"]) == {"read", "engine", "stitch", "write"} and len(entry["sha256"]) == 64

@@ -1,0 +1,119 @@
+"""From arguments to images: what is found, what it is called, what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from histoseg_fast.errors import UsageError
+from histoseg_fast.pipeline.sources import find_sources
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+def names(inputs: list[str], out: Path) -> list[str]:
+    return [source.name for source in find_sources(inputs, out)]
+
+
+def stems(inputs: list[str], out: Path) -> list[str]:
+    return [source.stem for source in find_sources(inputs, out)]
+
+
+def test_folders_are_searched_for_known_suffixes_sorted_and_named_from_the_folder(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "b.PNG", "a.jpg", "deep/er/c.tif", "d.jpeg", "e.tiff", "notes.txt", ".hidden.png")
+    touch(data, ".git/x.png")
+    assert names([str(data)], tmp_path / "out") == ["a.jpg", "b.PNG", "d.jpeg", "deep/er/c.tif", "e.tiff"]
+    assert stems([str(data)], tmp_path / "out") == ["a", "b", "d", "deep/er/c", "e"]
+
+
+def test_a_file_is_taken_whatever_its_suffix_and_only_once(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "scan.svs", "a.png")
+    inputs = [str(data / "scan.svs"), str(data / "a.png"), str(data), f"{data}/../data/a.png", str(data / "*.png")]
+    assert names(inputs, tmp_path / "out") == ["a.png", "scan.svs"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_arguments_changes_nothing(tmp_path: Path, order: int) -> None:
+    data = touch(tmp_path, *(f"{i}.png" for i in range(9)))
+    inputs = [str(data / f"{i}.png") for i in range(9)][::order]
+    assert names(inputs, tmp_path / "out") == [f"{i}.png" for i in range(9)]
+
+
+def test_patterns_and_literal_names_that_look_like_one(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a1.png", "a2.png", "a3.txt", "[a1].png", "deep/a4.png")
+    assert names([str(data / "a*")], tmp_path / "out") == ["a1.png", "a2.png"]
+    assert names([str(data / "[a1].png")], tmp_path / "out") == ["[a1].png"]
+    assert names([str(data / "**" / "a4.png")], tmp_path / "out") == ["a4.png"]
+    assert names([str(data / "d*")], tmp_path / "out") == ["a4.png"]
+
+
+def test_images_that_share_a_stem_keep_their_suffix(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a.png", "a.jpg", "b.png", "A/a.png")
+    assert stems([str(data)], tmp_path / "out") == ["A/a", "a.jpg", "a.png", "b"]
+
+
+def test_stems_that_differ_in_case_only_do_not_meet_on_any_file_system(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "x.png", "X.jpg")
+    assert stems([str(data)], tmp_path / "out") == ["X.jpg", "x.png"]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
+    data = touch(tmp_path, "one/a.png", "two/a.png")
+    with pytest.raises(UsageError, match="same mask"):
+        find_sources([str(data / "one"), str(data / "two")], tmp_path / "out")
+    assert names([str(data)], tmp_path / "out") == ["one/a.png", "two/a.png"]
+
+
+@pytest.mark.parametrize("out", ["results", "deep/results", "."])
+def test_results_inside_the_input_are_no_input(tmp_path: Path, out: str) -> None:
+    data = touch(tmp_path / "data", "a.png", "deep/b.png")
+    folder = data / out
+    touch(folder, "masks/a.png", "overlays/a.jpg", "probabilities/a.tif")
+    assert names([str(data)], folder) == ["a.png", "deep/b.png"]
+    assert names([str(data / "**" / "*.*")], folder) == ["a.png", "b.png"]
+    for inside in (folder / "masks", folder / "masks" / "a.png"):
+        with pytest.raises(UsageError, match="results of this"):
+            find_sources([str(inside)], folder)
+
+
+@pytest.mark.parametrize("text", ["missing.png", "missing/", "empty", "*.png", "x" * 5000])
+def test_an_input_that_names_nothing_is_wrong_usage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no image found|no such file"):
+        find_sources([str(tmp_path / text)], tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, scandir = touch(tmp_path / "data", "a.png", "locked/b.png"), os.scandir
+
+    def refuse(path: object) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match="locked: folder cannot be read: Permission denied"):
+        find_sources([str(data)], tmp_path / "out")
+
+
+def test_links_dangling_and_circular(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a.png")
+    (data / "gone.png").symlink_to(data / "nowhere.png")
+    (data / "loop").symlink_to(data, target_is_directory=True)
+    assert names([str(data)], tmp_path / "out") == ["a.png", "gone.png"]
+    assert names([str(data / "gone.png")], tmp_path / "out") == ["gone.png"]
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    raw = [b"sp ace.png", "\u00fcml\u00e4ut.png".encode(), b"it's \"q\".png", b"new\nline.png", b"bad\xff\xfe.png"]
+    for name in raw:
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    assert sorted(os.fsencode(name) for name in names([str(tmp_path)], tmp_path / "out")) == sorted(raw)
