@@ -13,11 +13,11 @@ import numpy as np
 
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
-from histoseg_fast.errors import ImageError
+from histoseg_fast.errors import ImageError, UsageError
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
-from histoseg_fast.pipeline.records import Manifest, clear_partials, run_key, write_run, write_summary
-from histoseg_fast.pipeline.sources import find_sources
+from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
+from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
@@ -60,6 +60,9 @@ def infer(
     tile = options.tile or plan.tile
     check_tile(tile, plan.halo, plan.stride)
     sources = find_sources(inputs, out)
+    foreign = [name for name in OUTPUT_FOLDERS if (out / name).exists()]
+    if foreign and not (out / MANIFEST).exists():
+        raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
     readers = max(1, min(MAX_READERS, (options.threads or available_cores()) // 2))
     try:
         manifest = Manifest(out)

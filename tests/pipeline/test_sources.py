@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from histoseg_fast.errors import UsageError
+from histoseg_fast.images import write_png
 from histoseg_fast.pipeline.sources import find_sources
 
 
@@ -117,3 +119,15 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
     for name in raw:
         (tmp_path / os.fsdecode(name)).write_bytes(b"")
     assert sorted(os.fsencode(name) for name in names([str(tmp_path)], tmp_path / "out")) == sorted(raw)
+
+
+def test_a_folder_of_somebody_elses_masks_is_not_written_to(tmp_path, tiny_plan):
+    from histoseg_fast.pipeline.run import InferOptions, infer
+
+    theirs = tmp_path / "data" / "masks" / "a.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"hand-drawn")
+    write_png(tmp_path / "data" / "images" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UsageError, match="holds masks that no run wrote"):
+        infer(tiny_plan, [str(tmp_path / "data" / "images")], tmp_path / "data", InferOptions())
+    assert theirs.read_bytes() == b"hand-drawn"
