@@ -7,8 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "crf.h"
 #include "labels.h"
 #include "overlay.h"
+#include "regions.h"
 #include "simd.h"
 #include "stitch.h"
 #include "threads.h"
@@ -163,14 +165,24 @@ Core checked_core(const py::object& object, const py::array& logits) {
     return core;
 }
 
-std::int64_t py_stitch(const py::object& logits_object, const py::object& core_object, const py::object& classes_object,
-                       const py::object& counts_object, const py::object& confidence_object,
-                       const py::object& probabilities_object) {
-    const auto logits = checked<float>(logits_object, "logits", 3);
+py::array checked_logits(const py::object& object) {
+    auto logits = checked<float>(object, "logits", 3);
     check_contiguous(logits, "logits", 2, sizeof(float));
     if (logits.shape(0) < 1 || logits.shape(0) > kMaxClasses) {
         fail("logits", "expected 1 to " + std::to_string(kMaxClasses) + " classes, got shape " + shape_text(logits));
     }
+    return logits;
+}
+
+LogitsView logits_view(const py::array& logits) {
+    return {static_cast<const float*>(logits.data()), logits.shape(0), logits.shape(1), logits.shape(2),
+            logits.strides(0), logits.strides(1)};
+}
+
+std::int64_t py_stitch(const py::object& logits_object, const py::object& core_object, const py::object& classes_object,
+                       const py::object& counts_object, const py::object& confidence_object,
+                       const py::object& probabilities_object) {
+    const auto logits = checked_logits(logits_object);
     const Core core = checked_core(core_object, logits);
     const py::ssize_t count = logits.shape(0), height = core.y1 - core.y0, width = core.x1 - core.x0;
     auto classes = checked_output<std::uint8_t>(classes_object, "classes", {height, width});
@@ -187,8 +199,7 @@ std::int64_t py_stitch(const py::object& logits_object, const py::object& core_o
         output.probabilities_stride_class = planes.strides(0);
         output.probabilities_stride_y = planes.strides(1);
     }
-    const LogitsView view{static_cast<const float*>(logits.data()), count, logits.shape(1), logits.shape(2),
-                          logits.strides(0), logits.strides(1)};
+    const LogitsView view = logits_view(logits);
     const py::gil_scoped_release released;
     return stitch(view, core, output);
 }
@@ -233,6 +244,88 @@ void py_tint(const py::object& rgb_object, const py::object& ids_object, const p
     tint(band, palette, static_cast<std::uint8_t>(alpha));
 }
 
+void check_pixels(const py::array& array, const char* name, std::int64_t pixels, std::int64_t most) {
+    if (pixels > most) {
+        fail(name, "expected at most " + std::to_string(most) + " pixels, got shape " + shape_text(array));
+    }
+}
+
+py::tuple py_remove_islands(const py::object& ids_object, std::int64_t area) {
+    const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);
+    check_pixels(ids, "ids", ids.size(), kMaxRegionPixels);
+    if (area < 0) fail("area", "expected 0 or more pixels, got " + std::to_string(area));
+    const IdsView view = ids_view(ids);
+    py::array_t<std::uint8_t> out({ids.shape(0), ids.shape(1)});
+    std::uint8_t* to = out.mutable_data();
+    std::int64_t changed = 0;
+    {
+        const py::gil_scoped_release released;
+        changed = remove_islands(view, area, to);
+    }
+    return py::make_tuple(out, changed);
+}
+
+py::array_t<std::uint8_t> py_majority(const py::object& ids_object, std::int64_t radius, int classes) {
+    const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);
+    check_pixels(ids, "ids", ids.size(), kMaxRegionPixels);
+    if (radius < 0 || radius > kMaxMajorityRadius) {
+        fail("radius", "expected 0 to " + std::to_string(kMaxMajorityRadius) + ", got " + std::to_string(radius));
+    }
+    if (classes < 1 || classes > kMaxClasses) {
+        fail("classes", "expected 1 to " + std::to_string(kMaxClasses) + ", got " + std::to_string(classes));
+    }
+    const IdsView view = ids_view(ids);
+    check_bad_id(find_bad_id(view, classes), "ids", classes);
+    py::array_t<std::uint8_t> out({ids.shape(0), ids.shape(1)});
+    std::uint8_t* to = out.mutable_data();
+    const py::gil_scoped_release released;
+    majority(view, radius, classes, to);
+    return out;
+}
+
+void check_range(double value, const char* name, double least, double most) {
+    if (value >= least && value <= most) return;
+    fail(name, "expected " + std::string(py::str(py::float_(least))) + " to " +
+                   std::string(py::str(py::float_(most))) + ", got " + std::string(py::str(py::float_(value))));
+}
+
+CrfOptions checked_crf_options(int iterations, double smooth_weight, double smooth_sigma, double appearance_weight,
+                               double appearance_sigma_xy, double appearance_sigma_rgb) {
+    check_range(iterations, "iterations", 0, kMaxCrfIterations);
+    check_range(smooth_weight, "smooth_weight", 0, kMaxCrfWeight);
+    check_range(smooth_sigma, "smooth_sigma", kMinCrfSigma, kMaxCrfSigma);
+    check_range(appearance_weight, "appearance_weight", 0, kMaxCrfWeight);
+    check_range(appearance_sigma_xy, "appearance_sigma_xy", kMinCrfSigma, kMaxCrfSigma);
+    check_range(appearance_sigma_rgb, "appearance_sigma_rgb", kMinCrfSigma, kMaxCrfSigma);
+    return {iterations, static_cast<float>(smooth_weight), static_cast<float>(smooth_sigma),
+            static_cast<float>(appearance_weight), static_cast<float>(appearance_sigma_xy),
+            static_cast<float>(appearance_sigma_rgb)};
+}
+
+py::array_t<float> py_dense_crf(const py::object& rgb_object, const py::object& logits_object, int iterations,
+                                double smooth_weight, double smooth_sigma, double appearance_weight,
+                                double appearance_sigma_xy, double appearance_sigma_rgb, int threads) {
+    const auto logits = checked_logits(logits_object);
+    check_pixels(logits, "logits", logits.shape(1) * logits.shape(2), kMaxCrfPixels);
+    const auto rgb = checked<std::uint8_t>(rgb_object, "rgb", 3);
+    check_shape(rgb, "rgb", {logits.shape(1), logits.shape(2), 3});
+    const CrfOptions options = checked_crf_options(iterations, smooth_weight, smooth_sigma, appearance_weight,
+                                                   appearance_sigma_xy, appearance_sigma_rgb);
+    check_threads(threads);
+    const RgbView colours{static_cast<const std::uint8_t*>(rgb.data()), rgb.shape(0), rgb.shape(1),
+                          rgb.strides(0), rgb.strides(1), rgb.strides(2)};
+    const LogitsView view = logits_view(logits);
+    py::array_t<float> probabilities({logits.shape(0), logits.shape(1), logits.shape(2)});
+    float* out = probabilities.mutable_data();
+    bool finite = false;
+    {
+        const py::gil_scoped_release released;
+        finite = dense_crf(colours, view, options, threads, out);
+    }
+    if (!finite) fail("logits", "hold a value that is not finite, which would spread over the whole image");
+    return probabilities;
+}
+
 void py_set_simd_level(const std::string& name) {
     SimdLevel level{};
     if (!parse_simd_level(name, level)) fail("level", "expected baseline, avx2 or avx512, got " + name);
@@ -246,7 +339,8 @@ void py_set_simd_level(const std::string& name) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     using namespace histoseg;
     using namespace pybind11::literals;
-    m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays. Wrong arguments raise ValueError.";
+    m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays, post-processing. Wrong arguments raise "
+              "ValueError.";
 #ifdef HISTOSEG_CUDA_BUILT
     m.attr("cuda_built") = true;
 #else
@@ -256,6 +350,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.attr("max_threads") = kMaxThreads;
     m.attr("unmatched") = static_cast<int>(kUnmatched);
     m.attr("confidence_units") = kConfidenceUnits;
+    m.attr("max_region_pixels") = kMaxRegionPixels;
+    m.attr("max_majority_radius") = kMaxMajorityRadius;
+    m.attr("max_crf_pixels") = kMaxCrfPixels;
+    m.attr("max_crf_iterations") = kMaxCrfIterations;
+    m.attr("max_crf_weight") = kMaxCrfWeight;
+    m.attr("min_crf_sigma") = kMinCrfSigma;
+    m.attr("max_crf_sigma") = kMaxCrfSigma;
     m.def("decode_labels", &py_decode_labels, "rgb"_a, "palette"_a, "tolerance"_a = 0.0, "threads"_a = 0,
           "(ids, approximate, unmatched, offenders) of a uint8 (height, width, 3 or 4) label; offenders are int64 rows "
           "y, x, r, g, b of the first unmatched pixels.");
@@ -267,6 +368,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           "confidence (uint64 by class), returns how many of its pixels have a logit that is not finite.");
     m.def("tint", &py_tint, "rgb"_a, "ids"_a, "above"_a, "palette"_a, "alpha"_a, "out"_a,
           "Blends class colours (alpha 0..255) and outlines over rgb, into out (which may be rgb).");
+    m.def("remove_islands", &py_remove_islands, "ids"_a, "area"_a,
+          "(ids, changed) of uint8 (height, width) ids: components of fewer than area pixels join the class that they "
+          "share the longest border with, smallest first; changed is a number of pixels.");
+    m.def("majority", &py_majority, "ids"_a, "radius"_a, "classes"_a,
+          "The most frequent class in the window of 2 * radius + 1 pixels a side around each pixel of uint8 ids.");
+    m.def("dense_crf", &py_dense_crf, "rgb"_a, "logits"_a, "iterations"_a, "smooth_weight"_a, "smooth_sigma"_a,
+          "appearance_weight"_a, "appearance_sigma_xy"_a, "appearance_sigma_rgb"_a, "threads"_a = 0,
+          "float32 (classes, height, width) probabilities: the mean field of a dense CRF over logits of that shape and "
+          "a uint8 (height, width, 3) image; sigmas in pixels and in grey levels.");
     m.def("simd_level", [] { return simd_level_name(simd_level()); }, "The SIMD level in use.");
     m.def("best_simd_level", [] { return simd_level_name(best_simd_level()); }, "The best level of this machine.");
     m.def("set_simd_level", &py_set_simd_level, "level"_a,

@@ -10,6 +10,13 @@ max_classes: int
 max_threads: int
 unmatched: int
 confidence_units: int
+max_region_pixels: int
+max_majority_radius: int
+max_crf_pixels: int
+max_crf_iterations: int
+max_crf_weight: float
+min_crf_sigma: float
+max_crf_sigma: float
 
 def decode_labels(
     rgb: U8, palette: U8, tolerance: float = 0.0, threads: int = 0
@@ -24,6 +31,19 @@ def stitch(
     probabilities: U8 | None = None,
 ) -> int: ...
 def tint(rgb: U8, ids: U8, above: U8 | None, palette: U8, alpha: int, out: U8) -> None: ...
+def remove_islands(ids: U8, area: int) -> tuple[U8, int]: ...
+def majority(ids: U8, radius: int, classes: int) -> U8: ...
+def dense_crf(
+    rgb: U8,
+    logits: npt.NDArray[np.float32],
+    iterations: int,
+    smooth_weight: float,
+    smooth_sigma: float,
+    appearance_weight: float,
+    appearance_sigma_xy: float,
+    appearance_sigma_rgb: float,
+    threads: int = 0,
+) -> npt.NDArray[np.float32]: ...
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def set_simd_level(level: str) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Pair:
-    """One labelled image of a data folder."""
+    """One labelled image of a data folder. Training resizes it by `scale`; scores are always of the image as it is."""
 
     name: str
     image: Path
     label: Path
     split: str
+    scale: float = 1.0
 
 
 def load_pair(pair: Pair, palette: Palette = PAPER_PALETTE, tolerance: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +72,21 @@ def find_pairs(root: str | Path) -> list[Pair]:
 
 
 def check_pairs(root: Path, pairs: Iterable[Pair], palette: Palette = PAPER_PALETTE, tolerance: float = 0.0) -> None:
-    """Decode every pair once; raise one DataError that names all that cannot be used."""
+    """Decode every pair once; raise one DataError that names all that cannot be used.
+
+    That is also an image which stands in two splits, by content: its scores would be worth nothing.
+    """
     problems = []
+    seen: dict[bytes, Pair] = {}
     for pair in pairs:
         try:
-            load_pair(pair, palette, tolerance)
+            rgb, _ = load_pair(pair, palette, tolerance)
         except HistosegError as error:
             problems.append(str(error))
+            continue
+        twin = seen.setdefault(hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).digest(), pair)
+        if twin.split != pair.split:
+            problems.append(f"{twin.name} ({twin.split}) and {pair.name} ({pair.split}) are the same image")
     raise_problems(root, problems)
 
 

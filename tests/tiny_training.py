@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from histoseg_fast.training.loop import TrainingOptions
+from histoseg_fast.training.options import TrainingOptions
 
 OPTIONS = TrainingOptions(
     epochs=2, batch=2, lr=1e-2, crop=16, weights="none", seed=5, average=0.5, precision="fp32", compile="off"
@@ -23,7 +23,7 @@ class TinyNetwork(nn.Module):
 
     poison: ClassVar[Callable[[torch.Tensor, bool], bool] | None] = None
 
-    def __init__(self, arch: str, classes: int = 3):
+    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0):
         super().__init__()
         self.stride = 4
         self.body = nn.Sequential(

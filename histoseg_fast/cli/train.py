@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from histoseg_fast.errors import UsageError
+
 NAME = "train"
 
 
@@ -19,8 +21,16 @@ def command(
     lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
     decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
     crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
-    weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, or a local file."),
+    weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint."),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
+    loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5."),
+    class_weights: str = typer.Option("", help="Of the cross entropy, one a class, e.g. 1,1.5,1."),
+    label_smoothing: float = typer.Option(0.0, min=0.0, max=0.9, help="Of the cross entropy."),
+    l2: float = typer.Option(0.0, min=0.0, help="L2 penalty on the weights (weight decay)."),
+    dropout: float = typer.Option(0.0, min=0.0, max=0.9, help="Share of channels dropped before the last layer."),
+    clip: float = typer.Option(0.0, min=0.0, help="Scale the gradient's norm down to this (0: never)."),
+    patience: int = typer.Option(0, min=0, help="Stop after this many epochs without improvement (0: never)."),
+    extra: list[str] = typer.Option([], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
@@ -41,9 +51,11 @@ def command(
     from histoseg_fast.models.architectures import check_architecture
 
     check_architecture(arch)
-    need("train", "torch", "torchvision", "safetensors")
+    need("train", "torch", "torchvision", "safetensors", "matplotlib", "tensorboard")
     from histoseg_fast.training.augment import Augmentation
-    from histoseg_fast.training.loop import TrainingOptions, train
+    from histoseg_fast.training.loop import train
+    from histoseg_fast.training.losses import parse_loss
+    from histoseg_fast.training.options import TrainingOptions
 
     options = TrainingOptions(
         arch=arch,
@@ -54,6 +66,14 @@ def command(
         crop=crop,
         weights=weights,
         seed=seed,
+        loss=parse_loss(loss),
+        class_weights=numbers("--class-weights", class_weights),
+        label_smoothing=label_smoothing,
+        l2=l2,
+        dropout=dropout,
+        clip=clip,
+        patience=patience,
+        extra=tuple(map(folder_and_scale, extra)),
         average=average,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],
@@ -66,3 +86,23 @@ def command(
         print("interrupted; run the same command again to go on after the last whole epoch", file=sys.stderr)
         return 130
     return 0
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Positive numbers from "1,1.5,1". Raises UsageError."""
+    try:
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} are no numbers", fix="separate them by commas") from None
+    if not all(0 < value < float("inf") for value in values):
+        raise UsageError(f"{option}: {text!r}: only positive numbers make sense")
+    return values
+
+
+def folder_and_scale(text: str) -> tuple[str, float]:
+    """Folder and scale from "DIR" or "DIR@0.5". Raises UsageError."""
+    folder, _, scale = text.rpartition("@")
+    if not folder:
+        return text, 1.0
+    (value,) = numbers("--extra", scale) or (1.0,)
+    return folder, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,12 @@ class Scores:
         """Count one image: logits float32 (C, H, W), labels uint8 (H, W), 255 where unlabelled."""
         self.cross_entropy_sum += score_logits(logits, labels, self.confusion)
         self.images += 1
+
+    def pool(self, add_up: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Replace every count by `add_up` of it: how several processes join what each has counted."""
+        self.confusion = add_up(self.confusion)
+        sums = add_up(np.array([self.cross_entropy_sum, self.images]))
+        self.cross_entropy_sum, self.images = float(sums[0]), int(sums[1])
 
     @property
     def pixels(self) -> int:

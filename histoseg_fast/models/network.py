@@ -21,14 +21,15 @@ class SegmentationNetwork(nn.Module):
     """A network of the paper: normalised RGB (N, 3, H, W) float to logits (N, classes, H, W).
 
     H and W must be multiples of `stride`. Tensor names are `features.conv1_1.weight`, `head.up2.bias`
-    and so on; they are the names in checkpoints and in the plan's ONNX member.
+    and so on; they are the names in checkpoints and in the plan's ONNX member. In training, `dropout` is the share
+    of channels that the last convolution does not see.
     """
 
-    def __init__(self, arch: str, classes: int = 3):
+    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0):
         super().__init__()
         self.arch, self.classes, self.stride = arch, classes, architectures.stride(arch)
         self.features, channels = _stack(architectures.features(arch), 3)
-        self.head, _ = _stack(architectures.head(arch, classes), channels, last_relu=False)
+        self.head, _ = _stack(architectures.head(arch, classes), channels, last_relu=False, dropout=dropout)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # fan_out of a 2x2 stride-2 transposed convolution is what one output pixel sums over.
@@ -40,9 +41,13 @@ class SegmentationNetwork(nn.Module):
         return self.head(self.features(x))
 
 
-def _stack(layers: tuple[Layer, ...], channels: int, last_relu: bool = True) -> tuple[nn.Sequential, int]:
+def _stack(
+    layers: tuple[Layer, ...], channels: int, last_relu: bool = True, dropout: float = 0.0
+) -> tuple[nn.Sequential, int]:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for i, layer in enumerate(layers):
+        if dropout and i == len(layers) - 1:
+            modules["dropout"] = nn.Dropout2d(dropout)
         if layer.kind == "pool":
             modules[layer.name] = nn.MaxPool2d(2)
             continue
@@ -79,16 +84,22 @@ _NORMALISED = {"conv1_1": 2, "conv1_2": 5, "conv2_1": 9, "conv2_2": 12, "conv3_1
 
 
 def load_features(network: SegmentationNetwork, source: str) -> list[str]:
-    """Load ImageNet weights into `network.features`; return the names of the layers that got them.
+    """Load ImageNet weights into `network.features`, or a checkpoint into all of it; return the names of the layers set.
 
     `source` is "imagenet" (torchvision's VGG16 file, downloaded once and checked against the hash in its
     name), "none", or a local file: torchvision's .pth (loaded without running pickled code), .safetensors
-    or .npz with torchvision's names, or an .npz of activation-normalised VGG weights (0 = 1x1 preprocessing).
-    Raises UsageError when offline, PlanError when a file does not hold such weights.
+    or .npz with torchvision's names, an .npz of activation-normalised VGG weights (0 = 1x1 preprocessing), or a
+    checkpoint of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file does not hold such weights.
     """
     if source == "none":
         return []
     tensors = _imagenet() if source == "imagenet" else _read_tensors(Path(source))
+    if tensors.keys() == network.state_dict().keys():
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise PlanError("is a checkpoint of another architecture", where=source) from error
+        return sorted({name.rpartition(".")[0] for name in tensors})
     names = {n.removeprefix("features."): t for n, t in tensors.items()}
     normalised = "0.weight" in names and tuple(names["0.weight"].shape) == (3, 3, 1, 1)
     numbers = _NORMALISED if normalised else _TORCHVISION

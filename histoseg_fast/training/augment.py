@@ -40,7 +40,7 @@ class Augmentation:
         side = crop if not self.scale else round(crop * float(np.exp(rng.uniform(-1, 1) * np.log1p(self.scale))))
         rgb, ids = random_crop(rgb, ids, side, rng)
         if side != crop:
-            rgb, ids = resize(rgb, ids, crop)
+            rgb, ids = resize(rgb, ids, crop, crop)
         if mirror:
             rgb, ids = np.flip(rgb, mirror - 1), np.flip(ids, mirror - 1)
         if self.turns:
@@ -64,12 +64,13 @@ def random_crop(rgb: np.ndarray, ids: np.ndarray, side: int, rng: np.random.Gene
     return rgb[y : y + side, x : x + side], ids[y : y + side, x : x + side]
 
 
-def resize(rgb: np.ndarray, ids: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Square crop to `side` pixels: the image by antialiased bilinear, the ids by nearest."""
+def resize(rgb: np.ndarray, ids: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """RGB uint8 and ids uint8 to `height` x `width`: the image by antialiased bilinear, the ids by nearest."""
+    size = (height, width)
     image = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None].float()
-    image = F.interpolate(image, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    image = F.interpolate(image, size=size, mode="bilinear", antialias=True, align_corners=False)
     labels = torch.from_numpy(np.ascontiguousarray(ids))[None, None]
-    labels = F.interpolate(labels, size=(side, side), mode="nearest-exact")
+    labels = F.interpolate(labels, size=size, mode="nearest-exact")
     return image[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy(), labels[0, 0].numpy()
 
 

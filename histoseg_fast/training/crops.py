@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from histoseg_fast.data import Pair, load_pair
-from histoseg_fast.training.augment import Augmentation
+from histoseg_fast.training.augment import Augmentation, resize
 
 MIRRORS = 3
 """Every image counts three times: as it is, mirrored about x, mirrored about y (paper, section 3.2)."""
@@ -43,9 +43,11 @@ class CropDataset(Dataset):
         return self.pairs[self._items[item][0]].name
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The decoded pair `index`, from memory where it is kept."""
+        """The decoded pair `index` at its scale, from memory where it is kept."""
         if index not in self._cache:
             pair = load_pair(self.pairs[index], tolerance=self.tolerance)
+            if (scale := self.pairs[index].scale) != 1:
+                pair = resize(*pair, *(max(1, round(side * scale)) for side in pair[1].shape))
             size = pair[0].nbytes + pair[1].nbytes
             if self._cached_bytes + size > CACHE_BYTES:
                 return pair

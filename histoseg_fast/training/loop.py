@@ -6,51 +6,30 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from histoseg_fast.data import check_pairs, find_pairs, load_pair
+from histoseg_fast.data import Pair, check_pairs, find_pairs, load_pair
 from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
-from histoseg_fast.labels import PAPER_PALETTE, UNMATCHED
+from histoseg_fast.labels import PAPER_PALETTE
+from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import SegmentationNetwork, UInt8Network, load_features
 from histoseg_fast.tiling import pad_to_stride
-from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from histoseg_fast.training.crops import CropDataset
+from histoseg_fast.training.options import TrainingOptions
+from histoseg_fast.training.parallel import Processes
+from histoseg_fast.training.progress import draw
 
+MAX_WORKERS = 8
 BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train. The defaults are the paper's (section 5): Adam 1e-4, batch 4, the rate times 0.96 an epoch.
-
-    average : decay a step of the exponential moving average of the weights that is validated and kept (0: none).
-    precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
-    compile : torch.compile the network; "auto" tries and says so when it does not work.
-    """
-
-    arch: str = "final"
-    epochs: int = 40
-    batch: int = 4
-    lr: float = 1e-4
-    decay: float = 0.96
-    crop: int = 224
-    weights: str = "imagenet"
-    seed: int = 0
-    average: float = 0.0
-    precision: str = "auto"
-    compile: str = "auto"
-    tolerance: float = 0.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 def train(root: str | Path, out: str | Path, options: TrainingOptions, report: Callable[[str], None]) -> dict[str, Any]:
@@ -62,10 +41,13 @@ def train(root: str | Path, out: str | Path, options: TrainingOptions, report: C
     Raises DataError (all problems of the data at once, before anything else), UsageError, EngineError (loss not
     finite: the epoch and the batch's images), PlanError (a file in OUT cannot be read or written).
     """
-    run = _Run(Path(root), Path(out), options, report)
-    while run.epoch < options.epochs:
+    processes = Processes()
+    run = _Run(Path(root), Path(out), options, report if processes.first else lambda line: None, processes)
+    while run.epoch < options.epochs and not run.stalled:
         run.one_epoch()
-    report(f"best: {describe(run.best)}; {run.out / BEST}")
+    if run.stalled:
+        run.report(f"stopped: no better validation cross entropy for {options.patience} epochs")
+    run.report(f"best: {describe(run.best)}; {run.out / BEST}")
     return run.best
 
 
@@ -79,24 +61,38 @@ def describe(record: dict[str, Any]) -> str:
     )
 
 
+def find_splits(root: Path, options: TrainingOptions) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs (of DATA and the extra folders) and validation pairs (of DATA), every one decoded and checked.
+
+    Raises DataError, all problems of a folder at once.
+    """
+    pairs = find_pairs(root)
+    validation = [pair for pair in pairs if pair.split == "val"]
+    training = [pair for pair in pairs if pair.split == "train"]
+    for split, members in (("train", training), ("val", validation)):
+        if not members:
+            raise DataError(f"the {split} split is empty", where=root, fix="name its images in split.csv")
+    check_pairs(root, pairs, tolerance=options.tolerance)
+    for folder, scale in options.extra:
+        more = [replace(pair, scale=scale) for pair in find_pairs(folder) if pair.split == "train"]
+        check_pairs(Path(folder), more, tolerance=options.tolerance)
+        training += more
+    return training, validation
+
+
 class _Run:
     """The state of one training: network, optimiser, data, and what has been reached."""
 
-    def __init__(self, root: Path, out: Path, options: TrainingOptions, report: Callable[[str], None]):
-        self.out, self.options, self.report = out, options, report
+    def __init__(
+        self, root: Path, out: Path, options: TrainingOptions, report: Callable[[str], None], processes: Processes
+    ):
+        self.out, self.options, self.report, self.processes = out, options, report, processes
         torch.manual_seed(options.seed)
-        self.network = SegmentationNetwork(options.arch, len(PAPER_PALETTE.names))
-        if options.crop % self.network.stride:
-            raise UsageError(f"--crop {options.crop} is no multiple of the network's stride {self.network.stride}")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = _autocast_dtype(options.precision, self.device)
-        pairs = find_pairs(root)
-        self.val = [p for p in pairs if p.split == "val"]
-        train_pairs = [p for p in pairs if p.split == "train"]
-        for split, members in (("train", train_pairs), ("val", self.val)):
-            if not members:
-                raise DataError(f"the {split} split is empty", where=root, fix="name its images in split.csv")
-        check_pairs(root, [*train_pairs, *self.val], tolerance=options.tolerance)
+        self.network = SegmentationNetwork(options.arch, len(PAPER_PALETTE.names), options.dropout)
+        options.check(self.network.stride)
+        self.device = processes.device
+        self.dtype, self.loss = options.autocast_dtype(self.device), options.make_loss()
+        train_pairs, self.val = find_splits(root, options)
         self.data = CropDataset(train_pairs, options.crop, options.augmentation, options.seed, options.tolerance)
         self.steps = 0
         self.epoch = 0
@@ -107,15 +103,17 @@ class _Run:
             self._resume()
         else:
             layers = load_features(self.network, options.weights)
-            report(f"features: {', '.join(layers) or 'none'} from {options.weights}" if layers else "features: random")
+            self.report(f"weights of {', '.join(layers)} from {options.weights}" if layers else "weights: random")
             self._prepare()
-            write_whole(out / HISTORY, b"")  # a folder that cannot be written is told before the first epoch
+            if processes.first:
+                write_whole(out / HISTORY, b"")  # a folder that cannot be written is told before the first epoch
+        processes.wait()
         self.step_function = self._compiled()
 
     def _prepare(self) -> None:
         self.network.to(self.device, memory_format=torch.channels_last)
         self.model = UInt8Network(self.network).to(self.device)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr, weight_decay=self.options.l2)
         self.average = {n: p.detach().clone() for n, p in self.network.state_dict().items()}
 
     def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -124,7 +122,7 @@ class _Run:
             return self.model
         try:
             compiled = torch.compile(self.model)
-            batch, side = self.options.batch, self.options.crop
+            batch, side = -(-self.options.batch // self.processes.count), self.options.crop
             with self._autocast():
                 compiled(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=self.device)).sum().backward()
         except Exception as error:  # whatever a missing compiler or backend raises
@@ -145,12 +143,12 @@ class _Run:
         """Train one epoch, validate, and save; the state on disk is that of whole epochs only."""
         started = time.perf_counter()
         options = self.options
-        torch.manual_seed(options.seed * 1_000_003 + self.epoch)
+        torch.manual_seed((options.seed * 1_000_003 + self.epoch) * self.processes.count + self.processes.rank)
         for group in self.optimiser.param_groups:
             group["lr"] = options.lr * options.decay**self.epoch
         losses = []
-        for items, rgb, ids in self._batches():
-            losses.append(self._step(rgb, ids))
+        for items, (rgb, ids) in self._batches():
+            losses.append(self._step(rgb, ids, len(self.processes.share(items)) / len(items)))
             if not math.isfinite(losses[-1]):
                 names = ", ".join(sorted({self.data.name(item) for item in items}))
                 self._diverged(f"the loss of a batch is {losses[-1]} (crops of {names})")
@@ -169,33 +167,55 @@ class _Run:
         better = val["cross_entropy"] < self.best["val"]["cross_entropy"]
         if better:
             self.best = record
-            write_checkpoint(self.out / BEST, self.average, self._description(record))
-        self._save_state(record)
+        if self.processes.first:
+            if better:
+                write_checkpoint(self.out / BEST, self.average, self._description(record))
+            self._save_state(record)
+        self.processes.wait()
         self.report(describe(record) + f" ({seconds:.0f} s)" + (" *" if better else ""))
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the best epoch is longer ago than the patience lasts."""
+        return bool(self.options.patience) and self.epoch - self.best.get("epoch", 0) >= self.options.patience
 
     def _diverged(self, what: str) -> NoReturn:
         kept = f"{self.out / LAST} holds epoch {self.epoch}" if self.epoch else "nothing was saved yet"
         raise EngineError(f"epoch {self.epoch + 1}: {what}; {kept}", fix="lower --lr, or look at the images")
 
-    def _batches(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """Items (indices into the data), RGB and ids of each batch of this epoch."""
+    def _batches(self) -> Iterator[tuple[list[int], tuple[torch.Tensor, torch.Tensor]]]:
+        """Of each batch of this epoch: its items (indices into the data), and this process's share as RGB and ids."""
         self.data.epoch = self.epoch
         order = np.random.default_rng((self.options.seed, self.epoch)).permutation(len(self.data)).tolist()
         size = self.options.batch
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        for items, (rgb, ids) in zip(batches, DataLoader(self.data, batch_sampler=batches), strict=True):
-            yield items, rgb.to(self.device), ids.to(self.device)
+        shares = [self.processes.share(batch) for batch in batches]
+        # On a CPU the convolutions want every core; a GPU would wait for decoding and augmentation.
+        workers = min(MAX_WORKERS, available_cores() - 1) if self.device.type == "cuda" else 0
+        loader = iter(DataLoader(self.data, batch_sampler=[share for share in shares if share], num_workers=workers))
+        side = self.options.crop
+        nothing = (torch.empty(0, side, side, 3, dtype=torch.uint8), torch.empty(0, side, side, dtype=torch.int64))
+        for items, share in zip(batches, shares, strict=True):
+            rgb, ids = next(loader) if share else nothing
+            yield items, (rgb.to(self.device), ids.to(self.device))
 
-    def _step(self, rgb: torch.Tensor, ids: torch.Tensor) -> float:
+    def _step(self, rgb: torch.Tensor, ids: torch.Tensor, share: float = 1.0) -> float:
+        """One step on a batch of which this process has `share`; the loss of the whole batch."""
         self.model.train()
-        with self._autocast():
-            logits = self.step_function(rgb)
-        loss = F.cross_entropy(logits, ids, ignore_index=UNMATCHED)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        value = 0.0
+        if share:
+            with self._autocast():
+                logits = self.step_function(rgb)
+            loss = self.loss(logits, ids) * share
+            loss.backward()
+            value = loss.item()
+        self.processes.sum_gradients(self.network.parameters())
+        if self.options.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         self.optimiser.step()
         self._update_average()
-        return loss.item()
+        return float(self.processes.sum(np.array(value)))
 
     def _update_average(self) -> None:
         """Moving average of the weights; its memory grows from nothing, so that it never holds on to the start."""
@@ -211,12 +231,13 @@ class _Run:
         self.network.load_state_dict(self.average)
         scores = Scores(PAPER_PALETTE.names)
         with torch.inference_mode(), self._autocast():
-            for pair in self.val:
+            for pair in self.processes.share(self.val):
                 rgb, ids = load_pair(pair, tolerance=self.options.tolerance)
                 padded = torch.from_numpy(pad_to_stride(rgb, self.network.stride))
                 logits = self.model.eval()(padded[None].to(self.device))
                 scores.add(logits[0, :, : ids.shape[0], : ids.shape[1]].float().cpu().numpy(), ids)
         self.network.load_state_dict(current)
+        scores.pool(self.processes.sum)
         return scores.as_json()
 
     def _description(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -239,8 +260,9 @@ class _Run:
         history = (self.out / HISTORY).read_text().splitlines() if (self.out / HISTORY).exists() else []
         lines = [*history[: self.epoch - 1], json.dumps(record)]
         write_whole(self.out / HISTORY, ("\n".join(lines) + "\n").encode())
-        # Last of all: an interruption before it repeats the epoch, and no file misses anything.
+        # After the others: an interruption before it repeats the epoch, and no file misses anything.
         write_checkpoint(self.out / LAST, tensors, description)
+        draw(self.out, [json.loads(line) for line in lines])
 
     def _resume(self) -> None:
         tensors, description = read_checkpoint(self.out / LAST)
@@ -274,17 +296,3 @@ class _Run:
                 tensor.copy_(tensors[f"adam.{name}.{key}"])
             state["state"][i] = {"step": tensors[f"adam.{name}.step"], **moments}
         self.optimiser.load_state_dict(state)
-
-
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"unknown precision {precision!r}", fix="choose auto, fp32 or bf16")
-    if precision == "fp32":
-        return torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(False)
-    else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if precision == "bf16" and not fast:
-        raise EngineError("this machine has no fast bf16", fix="--precision fp32")
-    return torch.bfloat16 if fast else torch.float32

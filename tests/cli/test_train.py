@@ -62,7 +62,7 @@ def test_train_interrupt_resume(tmp_path: Path) -> None:
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert errors == "interrupted; run the same command again to go on after the last whole epoch\n"
-    assert lines[0] == "features: random\n"
+    assert lines[0] == "weights: random\n"
     done = 1 + sum(line.startswith("epoch ") for line in rest.splitlines())
     records = (out / "history.jsonl").read_text().splitlines()
     assert done <= len(records) <= done + 1  # the line comes after the files
@@ -71,7 +71,13 @@ def test_train_interrupt_resume(tmp_path: Path) -> None:
     assert process.returncode == 0 and errors == ""
     assert "resuming after epoch" in output and f"{out}/last.safetensors" in output
     assert output.splitlines()[-1].endswith(f"{out}/best.safetensors")
-    assert sorted(path.name for path in out.iterdir()) == ["best.safetensors", "history.jsonl", "last.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.safetensors",
+        "curves.png",
+        "history.jsonl",
+        "last.safetensors",
+        "tensorboard",
+    ]
     epochs = [json.loads(line)["epoch"] for line in (out / "history.jsonl").read_text().splitlines()]
     assert epochs == list(range(1, len(records) + 2))
 
@@ -79,19 +85,42 @@ def test_train_interrupt_resume(tmp_path: Path) -> None:
 def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from histoseg_fast.training import loop
     from histoseg_fast.training.augment import Augmentation
+    from histoseg_fast.training.options import TrainingOptions
 
     calls = []
     monkeypatch.setattr(loop, "train", lambda root, out, options, report: calls.append((root, out, options)))
     arguments = "--arch two --epochs 3 --batch 7 --lr 0.5 --decay 0.25 --crop 64 --weights w.pth --seed 9"
     arguments += " --average 0.75 --precision bf16 --compile --tolerance 8"
+    arguments += " --loss ce,l1=0.5 --class-weights 1,1.5,2 --label-smoothing 0.1 --l2 0.01 --dropout 0.2"
+    arguments += " --patience 5 --clip 1 --extra colon@0.5 --extra b@c@1"
     arguments += " --noise 1 --turns --scale 0.2 --stain 0.3 --colour 0.4"
     assert main(monkeypatch, "DATA", "--out", "OUT", *arguments.split()) == 0
     assert main(monkeypatch, "DATA", "--out", "OUT") == 0
     augmentation = Augmentation(noise=1, turns=True, scale=0.2, stain=0.3, colour=0.4)
-    given = loop.TrainingOptions(
-        "two", 3, 7, 0.5, 0.25, 64, "w.pth", 9, 0.75, "bf16", "on", 8, augmentation=augmentation
+    given = TrainingOptions(
+        arch="two",
+        epochs=3,
+        batch=7,
+        lr=0.5,
+        decay=0.25,
+        crop=64,
+        weights="w.pth",
+        seed=9,
+        loss={"ce": 1, "l1": 0.5},
+        class_weights=(1, 1.5, 2),
+        label_smoothing=0.1,
+        l2=0.01,
+        dropout=0.2,
+        average=0.75,
+        patience=5,
+        clip=1,
+        extra=(("colon", 0.5), ("b@c", 1.0)),
+        precision="bf16",
+        compile="on",
+        tolerance=8,
+        augmentation=augmentation,
     )
-    defaults = loop.TrainingOptions()
+    defaults = TrainingOptions()
     assert calls == [(Path("DATA"), Path("OUT"), given), (Path("DATA"), Path("OUT"), defaults)]
 
 

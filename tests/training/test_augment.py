@@ -86,7 +86,7 @@ def test_resize_keeps_image_and_labels_at_the_same_place(side: int, target: int)
     ids = np.zeros((side, side), np.uint8)
     ids[side // 4 : side // 2, side // 8 : side * 5 // 8] = 1  # no symmetry hides a shift
     rgb = np.repeat(ids[..., None] * np.uint8(200), 3, 2)
-    out, out_ids = resize(rgb, ids, target)
+    out, out_ids = resize(rgb, ids, target, target)
     rows, columns = np.nonzero(out_ids)
     weights = out[..., 0].astype(float)
     centre = [(weights.sum(1 - axis) @ np.arange(target)) / weights.sum() for axis in (0, 1)]

@@ -37,7 +37,7 @@ def test_it_learns_an_easy_task(fit: Fit, tmp_path: Path) -> None:
     assert records[-1]["train_loss"] < 0.3 * records[0]["train_loss"]
     assert best["val"]["pixel_accuracy"] > 0.95 and best["val"]["mean_iou"] > 0.9
     assert best == min(records, key=lambda record: record["val"]["cross_entropy"])
-    assert lines[0] == "features: random"
+    assert lines[0] == "weights: random"
     assert sum(line.startswith("epoch ") for line in lines) == 15
     assert lines[-1].startswith(f"best: epoch {best['epoch']}: ") and lines[-1].endswith(str(tmp_path / BEST))
 
@@ -112,7 +112,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *cross_entropies: float) -> None:
     answers = iter(cross_entropies)
 
     def validate(_: Any) -> dict[str, Any]:
-        return {"cross_entropy": next(answers), "pixel_accuracy": 0.5, "mean_iou": 0.4}
+        return {"cross_entropy": next(answers), "pixel_accuracy": 0.5, "mean_iou": 0.4, "iou": {}}
 
     monkeypatch.setattr(loop._Run, "validate", validate)
 
@@ -142,12 +142,12 @@ def test_every_crop_is_seen_once_an_epoch_and_the_rate_decays(
     batches = loop._Run._batches
 
     def recorded(run: Any) -> Any:
-        for items, rgb, ids in batches(run):
+        for items, (rgb, ids) in batches(run):
             seen.append((run.epoch, run.optimiser.param_groups[0]["lr"], tuple(items)))
             assert len(items) == len(rgb) == len(ids)
             for item, crop in zip(items, rgb, strict=True):
                 assert torch.equal(run.data[item][0], crop)
-            yield items, rgb, ids
+            yield items, (rgb, ids)
 
     monkeypatch.setattr(loop._Run, "_batches", recorded)
     fit(tmp_path, epochs=2, batch=5, lr=0.01, decay=0.5)

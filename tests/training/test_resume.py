@@ -21,6 +21,7 @@ from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.training import checkpoint, loop
 from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.checkpoint import read_checkpoint
+from histoseg_fast.training.progress import CURVES, TENSORBOARD
 from histoseg_fast.training.loop import BEST, HISTORY, LAST, train
 
 Fit = Callable[..., dict[str, Any]]
@@ -185,14 +186,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_images(fit: Fit, tiny: Any, da
     assert [path.name for path in out.iterdir()] == [HISTORY]
     tiny.poison = None
     fit(out, dark, epochs=1, batch=1)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     tiny.poison = is_dark
     with pytest.raises(EngineError) as caught:
         fit(out, dark, epochs=3, batch=1)
     message = str(caught.value)
     assert message.startswith("epoch 2: the loss of a batch is nan (crops of dark.png)") and "\n" not in message
     assert f"{out / LAST} holds epoch 1" in message and "--lr" in message
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     tiny.poison = None
     fit(out, dark, epochs=3, batch=1)
     fit(tmp_path / "whole", dark, epochs=3, batch=1)
@@ -207,11 +208,11 @@ def test_all_images_of_the_batch_are_named(fit: Fit, tiny: Any, dark: Path, tmp_
 
 def test_a_validation_that_is_not_finite_stops(fit: Fit, tiny: Any, tmp_path: Path) -> None:
     fit(tmp_path, epochs=1)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     tiny.poison = lambda x, training: not training
     with pytest.raises(EngineError, match=r"epoch 2: the validation cross entropy is not finite; .* holds epoch 1"):
         fit(tmp_path, epochs=3)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", [BEST, HISTORY, LAST])
@@ -232,7 +233,7 @@ def test_a_full_disk_loses_no_epoch(
         context.setattr(os, "replace", full)
         with pytest.raises(PlanError, match=f"{name}: cannot be written: No space left on device; free space"):
             fit(out, epochs=3, augmentation=EVERYTHING)
-    assert sorted(path.name for path in out.iterdir()) == sorted([BEST, HISTORY, LAST])
+    assert sorted(path.name for path in out.iterdir()) == sorted([BEST, HISTORY, LAST, CURVES, TENSORBOARD])
     after = read_checkpoint(out / LAST)[0]
     assert all(torch.equal(after[key], before[key]) for key in before)
     fit(out, epochs=3, augmentation=EVERYTHING)
