@@ -43,6 +43,8 @@ class OpenVINOEngine(Engine):
             hint.inference_precision: PRECISIONS[precision],
             hint.execution_mode: hint.ExecutionMode.ACCURACY if precision == "fp32" else hint.ExecutionMode.PERFORMANCE,
             properties.num_streams: 1,
+            # A pinned thread waits for whatever else the kernel put on its core: decoding, or another job.
+            hint.enable_cpu_pinning: False,
             properties.inference_num_threads: threads or available_cores(),
         }
         try:
