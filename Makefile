@@ -13,7 +13,8 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest benchmarks -o python_files='bench_*.py'
+	$(VENV)/bin/python -m pytest -s benchmarks/bench_labels.py benchmarks/bench_stitch.py benchmarks/bench_postprocess.py
+	$(VENV)/bin/python benchmarks/bench_infer.py
 
 lint: $(VENV)/installed-test
 	$(PIP) install --quiet ruff mypy

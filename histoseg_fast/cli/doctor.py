@@ -13,7 +13,7 @@ import typer
 NAME = "doctor"
 DRIVER_SECONDS = 10
 """A hung GPU driver must not hang the doctor."""
-EXTRAS = {"train": ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "matplotlib", "tensorboard"), "tensorrt": ("tensorrt", "pycuda")}
+EXTRAS = {"train": ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "matplotlib", "tensorboard")}
 
 
 @dataclass(frozen=True)

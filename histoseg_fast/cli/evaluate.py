@@ -55,21 +55,34 @@ def command(
             raise UsageError(f"cannot be written ({error.strerror})", where=json_file) from error
 
 
+ROWS = {
+    "cross_entropy": "cross entropy",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_iou": "mean IoU",
+    "mean_dice": "mean Dice",
+    "l1": "L1",
+    "l2": "L2",
+}
+
+
 def table(scores: dict[str, Any]) -> str:
     """The scores for a person."""
     names = list(scores["iou"])
     lines = [
         f"{scores['images']} images ({scores['split']}), {scores['pixels']:,} pixels; "
         f"{scores['plan']} on {scores['device']}, {scores['engine']}, {scores['precision']}",
-        f"cross entropy  {_value(scores['cross_entropy'])}",
-        f"pixel accuracy {_value(scores['pixel_accuracy'])}",
-        f"mean IoU       {_value(scores['mean_iou'])}",
-        "",
-        f"{'class':<14}{'IoU':>8}{'Dice':>8}   true \\ predicted" + "".join(f"{name:>13}" for name in names),
+        f"{'':<16}{'pooled':>8}{'95 % interval':>20}{'mean of images':>18}",
     ]
+    for key, title in ROWS.items():
+        interval = " to ".join(map(_value, scores["ci95"].get(key, ())))
+        lines.append(f"{title:<16}{_value(scores[key]):>8}{interval:>20}{_value(scores['per_image'][key]):>18}")
+    lines.append(f"tumour-stroma ratio: mean error {_value(scores['tumour_stroma_ratio_error'])} an image")
+    columns = ("iou", "dice", "class_precision", "class_recall")
+    lines += ["", f"{'class':<14}" + "".join(f"{c:>10}" for c in ("IoU", "Dice", "precision", "recall"))]
+    lines[-1] += "   true \\ predicted" + "".join(f"{name:>13}" for name in names)
     for i, name in enumerate(names):
         counts = "".join(f"{n:>13,}" for n in scores["confusion"][i])
-        lines.append(f"{name:<14}{_value(scores['iou'][name]):>8}{_value(scores['dice'][name]):>8}{'':>19}{counts}")
+        lines.append(f"{name:<14}" + "".join(f"{_value(scores[c][name]):>10}" for c in columns) + f"{'':>19}{counts}")
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ def command(
         display.close()
     print(
         f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
-        f"{display.rate(record['wall_seconds'])}; {record['plan']} plan on {record['device']}, "
+        f"{display.rate(totals.pixels, record['wall_seconds'])}; {record['plan']} plan on {record['device']}, "
         f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
     )
     if display.signal:
@@ -69,7 +69,9 @@ class Display:
 
     def __init__(self, out: Path):
         self.signal, self._told = 0, False
-        self._out, self._bar, self._stream, self._total = out, None, None, 0
+        self._out, self._total = out, 0
+        self._bar: Any = None
+        self._stream: Any = None
         self._terminal = sys.stderr.isatty()
         self._last = self._started = time.perf_counter()
         self._handlers: dict[int, Any] = {}
@@ -101,15 +103,14 @@ class Display:
         totals, now = self._stream.totals, time.perf_counter()
         over = totals.done + totals.failed + totals.skipped
         if self._bar is not None:
-            self._bar.update(self._task, completed=over, rate=self.rate(now - self._started))
+            self._bar.update(self._task, completed=over, rate=self.rate(totals.segmented, now - self._started))
         elif now - self._last > REPORT_SECONDS:
             self._last = now
-            self._print(f"{over} of {self._total}; {self.rate(now - self._started)}")
+            self._print(f"{over} of {self._total}; {self.rate(totals.segmented, now - self._started)}")
 
-    def rate(self, seconds: float) -> str:
+    def rate(self, pixels: int, seconds: float) -> str:
         """Throughput so far, in words."""
-        totals = self._stream.totals
-        return f"{totals.done / seconds:.2f} images/s, {totals.pixels / 1e6 / seconds:.2f} megapixels/s"
+        return f"{self._stream.totals.done / seconds:.2f} images/s, {pixels / 1e6 / seconds:.2f} megapixels/s"
 
     def close(self) -> None:
         if self._bar is not None:

@@ -21,7 +21,9 @@ def command(
     lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
     decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
     crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
-    weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint."),
+    weights: str = typer.Option(
+        "imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint."
+    ),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
     loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5."),
     class_weights: str = typer.Option("", help="Of the cross entropy, one a class, e.g. 1,1.5,1."),
@@ -30,11 +32,16 @@ def command(
     dropout: float = typer.Option(0.0, min=0.0, max=0.9, help="Share of channels dropped before the last layer."),
     clip: float = typer.Option(0.0, min=0.0, help="Scale the gradient's norm down to this (0: never)."),
     patience: int = typer.Option(0, min=0, help="Stop after this many epochs without improvement (0: never)."),
-    extra: list[str] = typer.Option([], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."),
+    extra: list[str] = typer.Option(
+        [], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."
+    ),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
         None, "--compile/--no-compile", help="torch.compile (default: where it works, and it is said where not)."
+    ),
+    palette: str = typer.Option(
+        "", help='Classes and label colours: "background=0,0,0;tumour=255,0,0;..." (the paper\'s).'
     ),
     tolerance: float = typer.Option(0.0, min=0.0, help="How far label colours may be from the palette (RGB distance)."),
     noise: float = typer.Option(0.0, min=0.0, help="Gaussian noise: standard deviation up to this many grey levels."),
@@ -52,6 +59,7 @@ def command(
 
     check_architecture(arch)
     need("train", "torch", "torchvision", "safetensors", "matplotlib", "tensorboard")
+    from histoseg_fast.labels import PAPER_PALETTE, Palette
     from histoseg_fast.training.augment import Augmentation
     from histoseg_fast.training.loop import train
     from histoseg_fast.training.losses import parse_loss
@@ -77,6 +85,7 @@ def command(
         average=average,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],
+        palette=Palette.parse(palette) if palette else PAPER_PALETTE,
         tolerance=tolerance,
         augmentation=Augmentation(noise, turns, scale, stain, colour),
     )

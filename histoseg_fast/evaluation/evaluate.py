@@ -30,7 +30,7 @@ def evaluate(
     pairs = [pair for pair in find_pairs(root) if split in ("", pair.split)]
     if not pairs:
         raise DataError(f"has no image in split {split!r}", where=root)
-    scores = Scores(plan.palette.names)
+    scores = Scores(plan.palette)
     with open_engine(plan, precision=precision) as engine:
         for i, pair in enumerate(pairs):
             rgb, labels = load_pair(pair, plan.palette, tolerance)

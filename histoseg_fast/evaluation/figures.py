@@ -35,7 +35,12 @@ def error_map(rgb: np.ndarray, labels: np.ndarray, predicted: np.ndarray, palett
 
 
 def save_figure(
-    path: str | Path, rgb: np.ndarray, predicted: np.ndarray, palette: Palette, labels: np.ndarray | None = None, title: str = ""
+    path: str | Path,
+    rgb: np.ndarray,
+    predicted: np.ndarray,
+    palette: Palette,
+    labels: np.ndarray | None = None,
+    title: str = "",
 ) -> None:
     """Write a PNG with the panels image, label, prediction, errors (image and prediction where there is no label).
 
@@ -47,12 +52,17 @@ def save_figure(
         panels.insert(1, ("label", encode(known, palette)))
         panels.append(("errors, by the class taken for", error_map(rgb, labels, predicted, palette)))
     height = PANEL_INCHES * rgb.shape[0] / rgb.shape[1]
-    figure, axes = plt.subplots(1, len(panels), figsize=(PANEL_INCHES * len(panels), height + 0.9), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(PANEL_INCHES * len(panels), height + 0.9), layout="constrained"
+    )
     for axis, (name, picture) in zip(axes, panels, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(name, fontsize=10)
         axis.axis("off")
-    handles = [Patch(facecolor=np.array(c) / 255, edgecolor="grey", label=n) for n, c in zip(palette.names, palette.colours, strict=True)]
+    handles = [
+        Patch(facecolor=np.array(c) / 255, edgecolor="grey", label=n)
+        for n, c in zip(palette.names, palette.colours, strict=True)
+    ]
     if labels is not None:
         handles.append(Patch(facecolor="blue", label=f"taken for {palette.names[0]}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9, frameon=False)

@@ -27,4 +27,6 @@ def write_png(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
         with atomic_write(path) as stream:
             stream.write(data)
     except OSError as error:
-        raise ImageError(f"cannot be written: {error.strerror or error}", where=path, fix="free space or choose another folder") from error
+        raise ImageError(
+            f"cannot be written: {error.strerror or error}", where=path, fix="free space or choose another folder"
+        ) from error

@@ -84,12 +84,13 @@ _NORMALISED = {"conv1_1": 2, "conv1_2": 5, "conv2_1": 9, "conv2_2": 12, "conv3_1
 
 
 def load_features(network: SegmentationNetwork, source: str) -> list[str]:
-    """Load ImageNet weights into `network.features`, or a checkpoint into all of it; return the names of the layers set.
+    """Load ImageNet weights into `network.features`, or a checkpoint into all of it; return the layers that were set.
 
     `source` is "imagenet" (torchvision's VGG16 file, downloaded once and checked against the hash in its
     name), "none", or a local file: torchvision's .pth (loaded without running pickled code), .safetensors
     or .npz with torchvision's names, an .npz of activation-normalised VGG weights (0 = 1x1 preprocessing), or a
-    checkpoint of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file does not hold such weights.
+    checkpoint of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file does
+    not hold such weights.
     """
     if source == "none":
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from histoseg_fast.errors import ImageError, UsageError
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
-from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, find_sources
+from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
@@ -57,67 +58,73 @@ def infer(
     """
     progress = progress or Progress()
     started = time.perf_counter()
-    tile = options.tile or plan.tile
-    check_tile(tile, plan.halo, plan.stride)
+    check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     sources = find_sources(inputs, out)
-    foreign = [name for name in OUTPUT_FOLDERS if (out / name).exists()]
+    foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    readers = max(1, min(MAX_READERS, (options.threads or available_cores()) // 2))
-    try:
-        manifest = Manifest(out)
-        clear_partials(out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    try:
-        with open_engine(plan, device=options.device, precision=options.precision, threads=options.threads) as engine:
-            wanted = {"overlay": options.overlay, "probabilities": options.probabilities}
-            key = run_key(plan.sha256, wanted | {"device": engine.device, "precision": engine.precision})
-            stream = Stream(
-                engine,
-                sources,
-                Outputs(out, plan.palette, **wanted),
-                manifest,
-                stride=plan.stride,
-                halo=plan.halo,
-                tile=tile,
-                batch=options.batch,
-                readers=readers,
-                writers=readers,
-                key=key,
-                on_image=progress.image,
-            )
-            progress.start(engine, len(sources), stream)
-            try:
-                totals = stream.run(progress.poll)
-            finally:
-                mine = [entry for entry in manifest.entries.values() if entry.get("key") == key]
-                record = {
-                    "arguments": {"inputs": list(inputs), "out": str(out), **asdict(options)},
-                    "versions": _versions(engine),
-                    "plan": plan.name,
-                    "plan_sha256": plan.sha256,
-                    "device": engine.device,
-                    "engine": engine.name,
-                    "precision": engine.precision,
-                    "tile": tile,
-                    "images_found": len(sources),
-                    **_totals(stream, time.perf_counter() - started),
-                }
-                write_summary(out, mine, plan.palette.names)
-                write_run(out, record)
-    except OSError as error:
-        if isinstance(error, ImageError):
-            raise
-        raise _unwritable(out, error) from error
-    finally:
-        manifest.close()
+    with open_engine(plan, device=options.device, precision=options.precision, threads=options.threads) as engine:
+        try:
+            with contextlib.closing(Manifest(out)) as manifest:
+                clear_partials(out)
+                stream = _stream(engine, plan, sources, out, manifest, options, progress)
+                progress.start(engine, len(sources), stream)
+                try:
+                    totals = stream.run(progress.poll)
+                finally:
+                    mine = [entry for entry in manifest.entries.values() if entry.get("key") == stream.key]
+                    write_summary(out, mine, plan.palette.names)
+                    arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
+                    record = {
+                        "arguments": arguments,
+                        **_record(plan, stream, len(sources), time.perf_counter() - started),
+                    }
+                    write_run(out, record)
+        except OSError as error:
+            if isinstance(error, ImageError):
+                raise
+            raise _unwritable(out, error) from error
     return totals, record
 
 
-def _totals(stream: Stream, wall: float) -> dict[str, Any]:
-    totals = stream.totals
+def _stream(
+    engine: Engine,
+    plan: Plan,
+    sources: Sequence[Source],
+    out: Path,
+    manifest: Manifest,
+    options: InferOptions,
+    progress: Progress,
+) -> Stream:
+    wanted = {"overlay": options.overlay, "probabilities": options.probabilities}
+    readers = max(1, min(MAX_READERS, (options.threads or available_cores()) // 2))
+    return Stream(
+        engine,
+        sources,
+        Outputs(out, plan.palette, **wanted),
+        manifest,
+        stride=plan.stride,
+        halo=plan.halo,
+        tile=options.tile or plan.tile,
+        batch=options.batch,
+        readers=readers,
+        writers=readers,
+        key=run_key(plan.sha256, wanted | {"device": engine.device, "precision": engine.precision}),
+        on_image=progress.image,
+    )
+
+
+def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
+    totals, engine = stream.totals, stream.engine
     return {
+        "versions": _versions(engine),
+        "plan": plan.name,
+        "plan_sha256": plan.sha256,
+        "device": engine.device,
+        "engine": engine.name,
+        "precision": engine.precision,
+        "tile": stream.tile,
+        "images_found": found,
         "images_done": totals.done,
         "images_failed": totals.failed,
         "images_skipped": totals.skipped,

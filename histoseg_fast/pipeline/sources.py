@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,9 +30,10 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     """Every image that `inputs` (files, folders, glob patterns) name, sorted by name, each file once.
 
     Folders are searched recursively for the known suffixes (hidden files, `out` and results in it left out) and
-    do not follow links to folders; names are relative to the folder or, for a file or pattern, the file's own
-    name. An image's outputs are called by its name without suffix, unless two images share that; then both
-    keep their suffix. Raises UsageError if an input names nothing, or two inputs would share an output.
+    do not follow links to folders; names are relative to the folder, to the part of a pattern before its
+    first wildcard, or a file's own name. An image's outputs are called by its name without suffix, unless two
+    images share that; then both keep their suffix. Raises UsageError if an input names nothing, or two inputs would
+    share an output.
     """
     found: dict[str, tuple[Path, str]] = {}
     for text in inputs:
@@ -70,7 +72,7 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
             if os.path.isdir(match):
                 yield from _walk(Path(match), out)
             elif Path(match).suffix.lower() in SUFFIXES:
-                yield Path(match), Path(match).name
+                yield Path(match), Path(match).relative_to(_fixed_part(text)).as_posix()
     else:
         raise UsageError("no such file or folder", where=text)
 
@@ -85,6 +87,12 @@ def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
             if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
                 path = Path(folder, file)
                 yield path, path.relative_to(root).as_posix()
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folder that a glob pattern names before its first wildcard; the names of its matches start there."""
+    parts = Path(pattern).parts
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
 
 
 def _unlisted(error: OSError) -> None:

@@ -43,12 +43,15 @@ STAGES = ("read", "engine", "stitch", "write")
 
 @dataclass
 class Totals:
-    """What a run has done so far; `stage_seconds` are summed over images."""
+    """What a run has done so far: images by fate, pixels of done images, pixels segmented so far (those of
+    images in flight too), seconds by stage summed over images.
+    """
 
     done: int = 0
     failed: int = 0
     skipped: int = 0
     pixels: int = 0
+    segmented: int = 0
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
@@ -248,6 +251,7 @@ class Stream:
                     continue
                 if band is not None:
                     bands.append((tile.job, band))
+                    self.totals.segmented += band.classes.size
             self._ring.release(batch)
             for job, band in bands:
                 self._put(self._queue(job), (job, band))

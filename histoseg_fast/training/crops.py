@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from histoseg_fast.data import Pair, load_pair
+from histoseg_fast.labels import PAPER_PALETTE, Palette
 from histoseg_fast.training.augment import Augmentation, resize
 
 MIRRORS = 3
@@ -24,9 +25,17 @@ class CropDataset(Dataset):
     Items are RGB uint8 (crop, crop, 3) and class ids int64 (crop, crop), 255 where there is no label.
     """
 
-    def __init__(self, pairs: Sequence[Pair], crop: int, augmentation: Augmentation, seed: int, tolerance: float = 0.0):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        crop: int,
+        augmentation: Augmentation,
+        seed: int,
+        palette: Palette = PAPER_PALETTE,
+        tolerance: float = 0.0,
+    ):
         self.pairs, self.crop, self.augmentation, self.seed = list(pairs), crop, augmentation, seed
-        self.tolerance, self.epoch = tolerance, 0
+        self.palette, self.tolerance, self.epoch = palette, tolerance, 0
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cached_bytes = 0
         self._items = []
@@ -45,7 +54,7 @@ class CropDataset(Dataset):
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The decoded pair `index` at its scale, from memory where it is kept."""
         if index not in self._cache:
-            pair = load_pair(self.pairs[index], tolerance=self.tolerance)
+            pair = load_pair(self.pairs[index], self.palette, self.tolerance)
             if (scale := self.pairs[index].scale) != 1:
                 pair = resize(*pair, *(max(1, round(side * scale)) for side in pair[1].shape))
             size = pair[0].nbytes + pair[1].nbytes

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from histoseg_fast.data import Pair, check_pairs, find_pairs, load_pair
 from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
-from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import SegmentationNetwork, UInt8Network, load_features
@@ -72,10 +71,10 @@ def find_splits(root: Path, options: TrainingOptions) -> tuple[list[Pair], list[
     for split, members in (("train", training), ("val", validation)):
         if not members:
             raise DataError(f"the {split} split is empty", where=root, fix="name its images in split.csv")
-    check_pairs(root, pairs, tolerance=options.tolerance)
+    check_pairs(root, pairs, options.palette, options.tolerance)
     for folder, scale in options.extra:
         more = [replace(pair, scale=scale) for pair in find_pairs(folder) if pair.split == "train"]
-        check_pairs(Path(folder), more, tolerance=options.tolerance)
+        check_pairs(Path(folder), more, options.palette, options.tolerance)
         training += more
     return training, validation
 
@@ -88,12 +87,14 @@ class _Run:
     ):
         self.out, self.options, self.report, self.processes = out, options, report, processes
         torch.manual_seed(options.seed)
-        self.network = SegmentationNetwork(options.arch, len(PAPER_PALETTE.names), options.dropout)
+        self.network = SegmentationNetwork(options.arch, len(options.palette.names), options.dropout)
         options.check(self.network.stride)
         self.device = processes.device
         self.dtype, self.loss = options.autocast_dtype(self.device), options.make_loss()
         train_pairs, self.val = find_splits(root, options)
-        self.data = CropDataset(train_pairs, options.crop, options.augmentation, options.seed, options.tolerance)
+        self.data = CropDataset(
+            train_pairs, options.crop, options.augmentation, options.seed, options.palette, options.tolerance
+        )
         self.steps = 0
         self.epoch = 0
         self.best: dict[str, Any] = {"val": {"cross_entropy": float("inf")}}
@@ -226,27 +227,27 @@ class _Run:
             torch._foreach_lerp_(list(self.average.values()), list(state.values()), 1 - keep)
 
     def validate(self) -> dict[str, Any]:
-        """Scores of the averaged weights on the whole validation images, in fp32 logits."""
+        """Scores of the averaged weights on the whole validation images, in the precision of the training."""
         current = {n: t.clone() for n, t in self.network.state_dict().items()}
         self.network.load_state_dict(self.average)
-        scores = Scores(PAPER_PALETTE.names)
+        scores = Scores(self.options.palette)
         with torch.inference_mode(), self._autocast():
             for pair in self.processes.share(self.val):
-                rgb, ids = load_pair(pair, tolerance=self.options.tolerance)
+                rgb, ids = load_pair(pair, self.options.palette, self.options.tolerance)
                 padded = torch.from_numpy(pad_to_stride(rgb, self.network.stride))
                 logits = self.model.eval()(padded[None].to(self.device))
                 scores.add(logits[0, :, : ids.shape[0], : ids.shape[1]].float().cpu().numpy(), ids)
         self.network.load_state_dict(current)
-        scores.pool(self.processes.sum)
+        scores.join(lambda rows: self.processes.gather(rows, len(self.val)))
         return scores.as_json()
 
     def _description(self, record: dict[str, Any]) -> dict[str, Any]:
         return {
             "arch": self.options.arch,
-            "classes": list(PAPER_PALETTE.names),
-            "colours": [list(c) for c in PAPER_PALETTE.colours],
+            "classes": list(self.options.palette.names),
+            "colours": [list(c) for c in self.options.palette.colours],
             "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "training": {"options": asdict(self.options), "data": self.sources, "torch": torch.__version__},
+            "training": {"options": self.options.as_json(), "data": self.sources, "torch": torch.__version__},
             "scores": {"val": record["val"], "epoch": record["epoch"]},
         }
 
@@ -275,7 +276,7 @@ class _Run:
         self.report(f"resuming after epoch {self.epoch} of {self.out / LAST}")
 
     def _check_same_run(self, training: dict[str, Any]) -> None:
-        theirs, ours = training["options"], json.loads(json.dumps(asdict(self.options)))
+        theirs, ours = training["options"], self.options.as_json()
         changed = [k for k in ours if k != "epochs" and ours[k] != theirs.get(k)]
         if training["data"] != self.sources:
             changed.append("data")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.labels import PAPER_PALETTE, UNMATCHED
+from histoseg_fast.labels import PAPER_PALETTE, UNMATCHED, Palette
 
 DICE_SMOOTHING = 1.0
 """Pixels added to both halves of the Dice quotient, so that a class absent from a batch costs nothing."""
@@ -32,26 +32,28 @@ def cross_entropy(
     return F.cross_entropy(logits, ids, weights, ignore_index=UNMATCHED, label_smoothing=smoothing)
 
 
-def _images(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _images(
+    logits: torch.Tensor, ids: torch.Tensor, palette: Palette
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predicted and label image in 0..1, (N, 3, H, W), and which pixels are labelled, (N, 1, H, W).
 
     The predicted image is the expected colour, sum over c of p_c colour_c: the palette's when p is certain.
     """
-    colours = torch.tensor(PAPER_PALETTE.colours, dtype=logits.dtype, device=logits.device) / 255
+    colours = torch.tensor(palette.colours, dtype=logits.dtype, device=logits.device) / 255
     labelled = ids != UNMATCHED
     predicted = torch.einsum("nchw,ck->nkhw", logits.softmax(1), colours)
     return predicted, colours[ids.where(labelled, 0)].permute(0, 3, 1, 2), labelled[:, None].to(logits.dtype)
 
 
-def l1(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def l1(logits: torch.Tensor, ids: torch.Tensor, palette: Palette = PAPER_PALETTE) -> torch.Tensor:
     """Mean over pixels of |predicted image - label image|, summed over RGB; its weight is lambda1 (section 4.3)."""
-    predicted, label, labelled = _images(logits, ids)
+    predicted, label, labelled = _images(logits, ids, palette)
     return ((predicted - label).abs() * labelled).sum() / labelled.sum().clamp(min=1)
 
 
-def l2(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def l2(logits: torch.Tensor, ids: torch.Tensor, palette: Palette = PAPER_PALETTE) -> torch.Tensor:
     """Mean over pixels of (predicted image - label image)^2, summed over RGB; its weight is lambda2 (section 4.3)."""
-    predicted, label, labelled = _images(logits, ids)
+    predicted, label, labelled = _images(logits, ids, palette)
     return ((predicted - label).square() * labelled).sum() / labelled.sum().clamp(min=1)
 
 
@@ -83,7 +85,7 @@ def dice(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return 1 - ((2 * hit + DICE_SMOOTHING) / (size + DICE_SMOOTHING)).mean()
 
 
-TERMS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+TERMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "ce": cross_entropy,
     "l1": l1,
     "l2": l2,
@@ -95,9 +97,10 @@ TERMS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Loss:
-    """A weighted sum of terms. class_weights and label_smoothing act on the cross entropy alone."""
+    """A weighted sum of terms. class_weights and label_smoothing act on the cross entropy, palette on L1 and L2."""
 
     weights: Mapping[str, float]
+    palette: Palette = PAPER_PALETTE
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
 
@@ -106,6 +109,8 @@ class Loss:
         for name, weight in self.weights.items():
             if name == "ce":
                 term = cross_entropy(logits, ids, self.class_weights, self.label_smoothing)
+            elif name in ("l1", "l2"):
+                term = TERMS[name](logits, ids, self.palette)
             else:
                 term = TERMS[name](logits, ids)
             total = total + weight * term

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from histoseg_fast.errors import EngineError, UsageError
-from histoseg_fast.labels import PAPER_PALETTE
+from histoseg_fast.labels import PAPER_PALETTE, Palette
 from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.losses import Loss
 
@@ -25,6 +28,7 @@ class TrainingOptions:
     patience : stop after this many epochs without a better validation cross entropy (0: never).
     clip : the gradient's norm is scaled down to this (0: never).
     extra : more data folders whose train splits are trained on, each with the scale its images are resized by.
+    palette : classes and the colours they have in label images.
     precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
     compile : torch.compile the network; "auto" tries and says so when it does not work.
     """
@@ -46,6 +50,7 @@ class TrainingOptions:
     patience: int = 0
     clip: float = 0.0
     extra: tuple[tuple[str, float], ...] = ()
+    palette: Palette = PAPER_PALETTE
     precision: str = "auto"
     compile: str = "auto"
     tolerance: float = 0.0
@@ -57,12 +62,19 @@ class TrainingOptions:
             raise UsageError(f"--crop {self.crop} is no multiple of the network's stride {stride}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {self.precision!r}", fix="choose auto, fp32 or bf16")
-        if self.class_weights and len(self.class_weights) != len(PAPER_PALETTE.names):
-            raise UsageError(f"--class-weights needs {len(PAPER_PALETTE.names)} numbers, not {len(self.class_weights)}")
+        if self.class_weights and len(self.class_weights) != len(self.palette.names):
+            raise UsageError(f"--class-weights needs {len(self.palette.names)} numbers, not {len(self.class_weights)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values for checkpoints and plans; of files and folders only the names."""
+        values = json.loads(json.dumps(asdict(self)))
+        values["weights"] = Path(self.weights).name
+        values["extra"] = [[Path(folder).name, scale] for folder, scale in self.extra]
+        return values
 
     def make_loss(self) -> Loss:
         """The loss function."""
-        return Loss(self.loss, self.class_weights, self.label_smoothing)
+        return Loss(self.loss, self.palette, self.class_weights, self.label_smoothing)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:
         """What the convolutions run in on `device`. Raises EngineError if bf16 is wanted and slow there."""

@@ -1,6 +1,6 @@
 """Several processes, each with a device of its own, under torchrun: the batch is split and the gradients summed.
 
-    torchrun --nproc-per-node 2 -m histoseg_fast train DATA --out RUN
+torchrun --nproc-per-node 2 -m histoseg_fast train DATA --out RUN
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ class Processes:
         tensor = torch.from_numpy(np.array(values)).to(self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
+
+    def gather(self, rows: np.ndarray, total: int) -> np.ndarray:
+        """The rows of all processes, `total` of them, in the order of the items that `share` took apart."""
+        whole = np.zeros((total, *rows.shape[1:]), rows.dtype)
+        whole[self.rank :: self.count] = rows
+        return self.sum(whole)
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -12,7 +12,7 @@ CURVES, TENSORBOARD = "curves.png", "tensorboard"
 
 
 def draw(out: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw OUT/curves.png from the whole history, and log its last epoch to OUT/tensorboard. Raises PlanError (disk full)."""
+    """Draw OUT/curves.png from the whole history; log its last epoch to OUT/tensorboard. PlanError on a full disk."""
     from torch.utils.tensorboard import SummaryWriter
 
     from histoseg_fast.evaluation.figures import save_curves
@@ -28,4 +28,6 @@ def draw(out: Path, history: Sequence[Mapping[str, Any]]) -> None:
                 if value is not None:
                     writer.add_scalar(f"val_iou/{name}", value, record["epoch"])
     except OSError as error:
-        raise PlanError(f"cannot be written: {error.strerror or error}", where=out, fix="free space, run again") from error
+        raise PlanError(
+            f"cannot be written: {error.strerror or error}", where=out, fix="free space, run again"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_
 from histoseg_fast import cli, plans
 from histoseg_fast.cli import doctor
 from histoseg_fast.engines import open_engine, run_tiled
+from histoseg_fast.evaluation.evaluate import evaluate
 from histoseg_fast.labels import encode
 from histoseg_fast.plan import MODEL, pack, write_plan
 
@@ -148,11 +150,11 @@ def test_inspect_shows_what_a_hostile_plan_says_as_text(run, tmp_path, tiny_plan
 def test_inspect_refuses(fails, tmp_path, tiny_plan_path):
     (tmp_path / "text.plan").write_text("hello")
     (tmp_path / "cut.plan").write_bytes(tiny_plan_path.read_bytes()[:-100])
-    fails("inspect", tmp_path / "missing.plan", words=["missing.plan", "no such plan"])
+    fails("inspect", tmp_path / "missing.plan", code=2, words=["missing.plan", "no such plan"])
     fails("inspect", tmp_path / "text.plan", words=["text.plan", "is not a plan file"])
     fails("inspect", tmp_path / "cut.plan", words=["cut.plan", "is damaged"])
     fails("inspect", tmp_path, words=["cannot be read"])
-    fails("inspect", "x" * 5000, words=["no such plan"])
+    fails("inspect", "x" * 5000, code=2, words=["no such plan"])
 
 
 # -- doctor ----------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def test_eval(run, data, tmp_path, tiny_plan, tiny_plan_path):
     assert (found["images"], found["pixels"]) == (2, 40 * 51 + 150 * 33)
     assert (found["engine"][:8], found["precision"], found["device"]) == ("OpenVINO", "fp32", "cpu")
     assert (found["split"], found["plan_sha256"]) == ("test", tiny_plan.sha256)
-    for text in (f"cross entropy  {expected['cross_entropy']:.4f}", f"mean IoU       {expected['mean_iou']:.4f}",
+    for text in (f"cross entropy     {expected['cross_entropy']:.4f}", f"mean IoU          {expected['mean_iou']:.4f}",
                  f"{expected['confusion'][1][2]:,}", "2 images (test), 6,990 pixels"):  # fmt: skip
         assert text in out
     code, out, _ = run(*arguments, "--json", "-")
@@ -263,7 +265,7 @@ def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
     (tmp_path / "file").write_text("")
     fails("eval", tmp_path / "nowhere", *engine, words=["no such folder"])
     fails("eval", folder, *engine, "--split", "other", words=["'other'"])
-    fails("eval", folder, "--engine", tmp_path / "no.plan", words=["no such plan"])
+    fails("eval", folder, "--engine", tmp_path / "no.plan", code=2, words=["no such plan"])
     fails("eval", folder, "--engine", tmp_path / "bad.safetensors", words=["bad.safetensors"])
     fails("eval", folder, "--engine", tmp_path / "no.safetensors", words=["no such checkpoint"])
     fails("eval", folder, *engine, "--precision", "int4", code=2, words=["'int4'"])
@@ -326,6 +328,13 @@ def test_demo_on_a_folder_of_ones_own(run, fails, shipped, data, tmp_path):
 # -- the plan that ships ---------------------------------------------------------------------------
 
 
+def test_shipped_plan_scores_on_real_images(real_data):
+    """The floor of the first shipped weights, on the lung test split, in what `--precision auto` runs here."""
+    scores = evaluate(plans.open_plan("final"), real_data / "lung", split="test")
+    assert scores["images"] == 12
+    assert scores["pixel_accuracy"] >= 0.85 and scores["mean_iou"] >= 0.72
+
+
 def test_shipped_plan():
     path = plans.FOLDER / "final.plan"
     assert path.is_file(), f"{path} is missing: `histoseg-fast compile` writes it from the trained checkpoint"
@@ -337,3 +346,5 @@ def test_shipped_plan():
     with open_engine(plan, precision="fp32") as engine:
         assert np.isfinite(run_tiled(engine, plan, noise(30, 20))).all()
     assert MODEL in plan.members
+    text = json.dumps(plan.manifest)
+    assert not re.search(r'"[^"]*[/\\\\]\w+[/\\\\]', text), "a path of the machine that made it stands in the plan"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_manifest
 from running import PATIENCE, make_pictures, picture, run_command
+from tiny_plans import tiny_manifest
 
 from histoseg_fast.engines import open_engine, run_tiled
 from histoseg_fast.plan import MODEL, write_plan

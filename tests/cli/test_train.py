@@ -17,6 +17,7 @@ from data_folders import easy_folder, easy_pair, write_folder
 
 from histoseg_fast import cli, extras
 from histoseg_fast.images import write_png
+from histoseg_fast.training.checkpoint import read_checkpoint
 
 COMMAND = [sys.executable, "-m", "histoseg_fast", "train"]
 SMALL = ["--weights", "none", "--arch", "one", "--crop", "16", "--batch", "2", "--precision", "fp32", "--no-compile"]
@@ -193,3 +194,20 @@ def test_a_training_that_diverges_is_one_line(
     assert main(monkeypatch, root, "--out", tmp_path / "out", *arguments) == 1
     errors = capfd.readouterr().err
     assert errors.startswith("histoseg-fast: epoch 1: ") and errors.count("\n") == 1 and "(crops of t.png)" in errors
+
+
+def test_a_palette_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other names, other colours, another number of classes: into the checkpoint, and no trace of folders."""
+    rng = np.random.default_rng(3)
+    colours = np.array([[9, 9, 9], [0, 0, 255]], np.uint8)
+    for name in ("a", "b", "c", "d", "e"):
+        ids = rng.integers(0, 2, (16, 16))
+        write_png(tmp_path / "data" / "images" / f"{name}.png", np.repeat(ids[..., None] * 200, 3, 2).astype(np.uint8))
+        write_png(tmp_path / "data" / "labels" / f"{name}.png", colours[ids])
+    palette = "glass=9,9,9;tumour=0,0,255"
+    out = tmp_path / "out"
+    assert main(monkeypatch, tmp_path / "data", "--out", out, *SMALL, "--palette", palette, "--loss", "ce,l1,dice") == 0
+    tensors, description = read_checkpoint(out / "best.safetensors")
+    assert description["classes"] == ["glass", "tumour"] and description["colours"] == colours.tolist()
+    assert tensors["head.logits.weight"].shape[0] == 2
+    assert str(tmp_path) not in json.dumps(description)

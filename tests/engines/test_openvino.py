@@ -71,6 +71,14 @@ def test_tiled_equals_whole(arch):
         check()
 
 
+@pytest.mark.parametrize(("height", "width"), [(600, 599), (600, 1), (3, 597)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiled_equals_whole_at_full_size(arch, height, width):
+    plan = plan_of(arch)
+    with open_engine(plan, precision="fp32") as engine:
+        check_tiled(engine, plan, height, width, 320)
+
+
 def test_the_halo_is_needed():
     """The test above can fail: with a stride less of halo the numbers differ."""
     plan = plan_of("final")

@@ -41,7 +41,8 @@ def test_confusion_and_cross_entropy(pair):
     logits, labels = pair
     classes, counted = len(logits), labels < len(logits)
     confusion = np.full((classes, classes), 5, np.int64)
-    total = score_logits(logits, labels, confusion)
+    colours = np.random.default_rng(1).random((classes, 3))
+    total, absolute, square = score_logits(logits, labels, colours, confusion)
     truth, predicted = labels[counted], logits.argmax(0)[counted]
     expected = np.zeros((classes, classes), np.int64)
     np.add.at(expected, (truth, predicted), 1)
@@ -51,6 +52,9 @@ def test_confusion_and_cross_entropy(pair):
     log_softmax = exact - peak - np.log(np.exp(exact - peak).sum(0))
     picked = np.take_along_axis(log_softmax, np.where(counted, labels, 0)[None].astype(int), 0)[0]
     np.testing.assert_allclose(total, -picked[counted].sum(), rtol=1e-10, atol=1e-9)
+    difference = np.einsum("chw,ck->hwk", np.exp(log_softmax), colours)[counted] - colours[labels[counted]]
+    np.testing.assert_allclose(absolute, np.abs(difference).sum(), rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(square, (difference**2).sum(), rtol=1e-10, atol=1e-9)
 
 
 def test_cross_entropy_is_torchs():
@@ -59,7 +63,7 @@ def test_cross_entropy_is_torchs():
     logits = random.normal(0, 4, (3, 50, 60)).astype(np.float32)
     labels = random.integers(0, 3, (50, 60), np.uint8)
     labels[:5] = 255
-    scores = Scores(NAMES)
+    scores = Scores()
     scores.add(logits, labels)
     expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits).double()[None], torch.from_numpy(labels).long()[None], ignore_index=255
@@ -72,7 +76,7 @@ def test_cross_entropy_is_torchs():
 def test_scores_are_scikit_learns(seed, present):
     """Two images pooled, some classes in neither labels nor prediction."""
     random = np.random.default_rng(seed)
-    scores, truths, guesses = Scores(NAMES), [], []
+    scores, truths, guesses = Scores(), [], []
     for _ in range(2):
         labels = random.choice(np.array(present, np.uint8), (6, 7))
         logits = random.normal(0, 1, (3, 6, 7)).astype(np.float32)
@@ -93,14 +97,14 @@ def test_scores_are_scikit_learns(seed, present):
 
 
 def test_a_class_that_is_only_predicted_counts_as_missed():
-    scores = Scores(NAMES)
-    scores.confusion[:] = [[6, 0, 2], [0, 4, 0], [0, 0, 0]]
+    scores = Scores()
+    scores.confusions = np.array([[[6, 0, 2], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 4, 0], [0, 0, 0]]])
     assert scores.iou.tolist() == [6 / 8, 1.0, 0.0] and scores.dice.tolist() == [12 / 14, 1.0, 0.0]
     assert scores.mean_iou == pytest.approx(1.75 / 3)
 
 
 def test_json_of_nothing_and_of_absent_classes():
-    scores = Scores(NAMES)
+    scores = Scores()
     empty = scores.as_json()
     assert empty["pixels"] == 0 and empty["images"] == 0
     assert [empty[key] for key in ("cross_entropy", "pixel_accuracy", "mean_iou")] == [None] * 3
@@ -124,9 +128,66 @@ def test_count_pairs(seed):
 
 def test_shapes_that_do_not_fit():
     logits, labels, confusion = np.zeros((3, 4, 5), np.float32), np.zeros((4, 5), np.uint8), np.zeros((3, 3), np.int64)
-    wrong = (logits, labels[:3], confusion), (logits, labels, confusion[:2]), (logits[:2], labels, confusion)
+    colours = np.zeros((3, 3))
+    wrong = [(logits, labels[:3], colours, confusion), (logits, labels, colours, confusion[:2])]
+    wrong += [(logits[:2], labels, colours, confusion), (logits, labels, colours[:2], confusion)]
     for arguments in wrong:
         with pytest.raises(ValueError):
             score_logits(*(np.ascontiguousarray(a) for a in arguments))
     with pytest.raises(ValueError):
         count_pairs(labels, labels[:, :3], confusion)
+
+
+def random_scores(images: int) -> Scores:
+    random = np.random.default_rng(7)
+    scores = Scores()
+    for _ in range(images):
+        height, width = random.integers(3, 12, 2)
+        labels = random.integers(0, 3, (height, width), np.uint8)
+        logits = random.normal(0, 1, (3, height, width)).astype(np.float32)
+        np.put_along_axis(logits, labels[None].astype(int), 1.5, 0)
+        scores.add(logits, labels)
+    return scores
+
+
+def test_averages_over_images_and_intervals():
+    scores = random_scores(9)
+    json_values = scores.as_json()
+    alone = []
+    for i in range(9):
+        one = Scores()
+        one.confusions, one.sums = scores.confusions[i : i + 1], scores.sums[i : i + 1]
+        alone.append(one.as_json())
+    for key in ("cross_entropy", "l1", "l2", "pixel_accuracy", "mean_iou", "mean_dice"):
+        low, high = json_values["ci95"][key]
+        assert min(a[key] for a in alone) <= low < json_values[key] < high <= max(a[key] for a in alone)
+        assert json_values["per_image"][key] == pytest.approx(np.mean([a[key] for a in alone]), abs=2e-6)
+    one = alone[0]
+    assert one["ci95"]["mean_iou"] == [one["mean_iou"], one["mean_iou"]]
+
+
+def test_precision_recall_and_tumour_stroma_ratio_error():
+    scores = Scores()
+    scores.confusions = np.array([[[1, 0, 0], [0, 6, 2], [1, 0, 8]], [[5, 0, 0], [0, 3, 0], [0, 0, 0]]])
+    scores.sums = np.zeros((2, 3))
+    values = scores.as_json()
+    assert values["class_precision"] == pytest.approx({"background": 6 / 7, "cancer": 1.0, "stroma": 0.8}, abs=1e-6)
+    assert values["class_recall"] == pytest.approx({"background": 1.0, "cancer": 9 / 11, "stroma": 8 / 9}, abs=1e-6)
+    assert values["tumour_stroma_ratio_error"] == pytest.approx((abs(8 / 17 - 6 / 16) + 0) / 2, abs=1e-6)
+
+
+def test_rows_that_several_processes_counted_join_in_order():
+    scores, parts = random_scores(5), [Scores(), Scores()]
+    for rank, part in enumerate(parts):
+        part.confusions, part.sums = scores.confusions[rank::2], scores.sums[rank::2]
+
+    def gather(rows):
+        whole = np.zeros((5, *rows.shape[1:]), rows.dtype)
+        for rank, part in enumerate(parts):
+            whole[rank::2] = part.confusions if rows.ndim == 3 else part.sums
+        return whole
+
+    joined = Scores()
+    joined.confusions, joined.sums = parts[0].confusions, parts[0].sums
+    joined.join(gather)
+    assert joined.as_json() == scores.as_json()

@@ -53,7 +53,7 @@ def test_patterns_and_literal_names_that_look_like_one(tmp_path: Path) -> None:
     data = touch(tmp_path / "data", "a1.png", "a2.png", "a3.txt", "[a1].png", "deep/a4.png")
     assert names([str(data / "a*")], tmp_path / "out") == ["a1.png", "a2.png"]
     assert names([str(data / "[a1].png")], tmp_path / "out") == ["[a1].png"]
-    assert names([str(data / "**" / "a4.png")], tmp_path / "out") == ["a4.png"]
+    assert names([str(data / "**" / "a4.png")], tmp_path / "out") == ["deep/a4.png"]
     assert names([str(data / "d*")], tmp_path / "out") == ["a4.png"]
 
 
@@ -80,7 +80,7 @@ def test_results_inside_the_input_are_no_input(tmp_path: Path, out: str) -> None
     folder = data / out
     touch(folder, "masks/a.png", "overlays/a.jpg", "probabilities/a.tif")
     assert names([str(data)], folder) == ["a.png", "deep/b.png"]
-    assert names([str(data / "**" / "*.*")], folder) == ["a.png", "b.png"]
+    assert names([str(data / "**" / "*.*")], folder) == ["a.png", "deep/b.png"]
     for inside in (folder / "masks", folder / "masks" / "a.png"):
         with pytest.raises(UsageError, match="results of this"):
             find_sources([str(inside)], folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,9 @@ def test_the_cache_is_bounded_and_changes_nothing(pairs: list[Pair], monkeypatch
     free = CropDataset(pairs, 16, NOISY, seed=0)
     loads: list[str] = []
 
-    def counted(pair: Pair, **options: float) -> tuple[np.ndarray, np.ndarray]:
+    def counted(pair: Pair, *options: Any) -> tuple[np.ndarray, np.ndarray]:
         loads.append(pair.name)
-        return load_pair(pair, **options)
+        return load_pair(pair, *options)
 
     load_pair = crops.load_pair
     monkeypatch.setattr(crops, "load_pair", counted)

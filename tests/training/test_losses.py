@@ -27,7 +27,8 @@ def test_gradients_equal_finite_differences(term):
 
 def test_gradient_of_a_weighted_sum_with_class_weights_and_smoothing():
     logits, ids = batch(1)
-    loss = Loss({"ce": 1.0, "l1": 0.3, "l2": 0.7, "smooth": 0.2, "dice": 0.5}, (1.0, 2.0, 0.5), 0.1)
+    terms = {"ce": 1.0, "l1": 0.3, "l2": 0.7, "smooth": 0.2, "dice": 0.5}
+    loss = Loss(terms, class_weights=(1.0, 2.0, 0.5), label_smoothing=0.1)
     assert torch.autograd.gradcheck(lambda x: loss(x, ids), logits.requires_grad_())
     parts = 0.3 * losses.l1(logits, ids) + 0.7 * losses.l2(logits, ids) + 0.2 * losses.smoothness(logits, ids)
     parts = parts + 0.5 * losses.dice(logits, ids) + losses.cross_entropy(logits, ids, (1.0, 2.0, 0.5), 0.1)

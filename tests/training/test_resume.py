@@ -21,8 +21,8 @@ from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.training import checkpoint, loop
 from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.checkpoint import read_checkpoint
-from histoseg_fast.training.progress import CURVES, TENSORBOARD
 from histoseg_fast.training.loop import BEST, HISTORY, LAST, train
+from histoseg_fast.training.progress import CURVES, TENSORBOARD
 
 Fit = Callable[..., dict[str, Any]]
 EVERYTHING = Augmentation(noise=4, turns=True, scale=0.25, stain=0.2, colour=0.1)
