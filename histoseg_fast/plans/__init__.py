@@ -13,7 +13,7 @@ SHIPPED = ("final",)
 
 
 def open_plan(name: str) -> Plan:
-    """The plan in the file `name`, or the shipped plan of that name. Raises UsageError (none such), PlanError (damaged)."""
+    """The plan in the file `name`, or the shipped plan of that name. UsageError: none such; PlanError: damaged."""
     if name in SHIPPED and not Path(name).is_file():
         return read_plan(FOLDER / f"{name}.plan")
     if not os.path.exists(name):  # False, too, for a name that no file can have
