@@ -20,16 +20,18 @@ def command(
     split: str = typer.Option("", help="train, val or test (default: every image)."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
     tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette's (RGB)."),
+    figures: Path = typer.Option(None, metavar="DIR", help="Also draw image, label, prediction and errors."),
     json_file: Path = typer.Option(None, "--json", metavar="FILE", help="Also write the scores as JSON (-: stdout)."),
 ) -> None:
     """Score a plan or checkpoint: cross entropy, accuracy, IoU and Dice by class, confusion matrix."""
     from histoseg_fast.evaluation.evaluate import evaluate
+    from histoseg_fast.extras import need
     from histoseg_fast.files import atomic_write
     from histoseg_fast.plans import open_plan
 
+    if figures is not None:
+        need("train", "matplotlib")
     if engine.endswith(".safetensors"):
-        from histoseg_fast.extras import need
-
         need("train", "torch", "onnx", "onnxscript", "safetensors")
         from histoseg_fast.compiling.compile import plan_of_checkpoint
 
@@ -41,7 +43,8 @@ def command(
         if sys.stderr.isatty():
             print(f"\r{done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    scores = evaluate(plan, data, split=split, precision=precision, tolerance=tolerance, progress=progress)
+    choices = {"split": split, "precision": precision, "tolerance": tolerance}
+    scores = evaluate(plan, data, **choices, progress=progress, figures=figures)
     text = json.dumps(scores, indent=1)
     if json_file is not None and str(json_file) == "-":
         print(text)

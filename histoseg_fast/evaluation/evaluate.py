@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from histoseg_fast.data import find_pairs, load_pair
 from histoseg_fast.engines import open_engine, run_tiled
-from histoseg_fast.errors import DataError
+from histoseg_fast.errors import DataError, ImageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.plan import Plan
 
@@ -21,9 +23,11 @@ def evaluate(
     precision: str = "auto",
     tolerance: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    figures: Path | None = None,
 ) -> dict[str, Any]:
-    """Pooled scores of `plan` on the images of DATA (of one `split`, or all) as JSON values.
+    """Scores of `plan` on the images of DATA (of one `split`, or all) as JSON values.
 
+    With `figures`, a PNG an image goes there: image, label, prediction and errors (needs matplotlib).
     Keys: those of `Scores.as_json`, and engine, precision, device, plan, plan_sha256, split. Raises DataError
     (bad folder, empty split), LabelError, ImageError, EngineError.
     """
@@ -34,7 +38,22 @@ def evaluate(
     with open_engine(plan, precision=precision) as engine:
         for i, pair in enumerate(pairs):
             rgb, labels = load_pair(pair, plan.palette, tolerance)
-            scores.add(run_tiled(engine, plan, rgb, plan.tile), labels)
+            logits = run_tiled(engine, plan, rgb, plan.tile)
+            scores.add(logits, labels)
+            if figures is not None:
+                _draw(figures / f"{pair.image.stem}.png", rgb, labels, logits, plan)
             progress(i + 1, len(pairs))
         ran = {"engine": engine.name, "precision": engine.precision, "device": engine.device}
     return {**scores.as_json(), **ran, "plan": plan.name, "plan_sha256": plan.sha256, "split": split or "all"}
+
+
+def _draw(path: Path, rgb: np.ndarray, labels: np.ndarray, logits: np.ndarray, plan: Plan) -> None:
+    from histoseg_fast.evaluation.figures import save_figure
+
+    predicted = logits.argmax(0).astype(np.uint8)
+    right = float((predicted == labels).mean())
+    try:
+        save_figure(path, rgb, predicted, plan.palette, labels, f"{path.stem}: {right:.1%} of pixels right")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ImageError(f"cannot be written: {reason}", where=path, fix="choose another --figures") from error

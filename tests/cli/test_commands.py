@@ -348,3 +348,13 @@ def test_shipped_plan():
     assert MODEL in plan.members
     text = json.dumps(plan.manifest)
     assert not re.search(r'"[^"]*[/\\\\]\w+[/\\\\]', text), "a path of the machine that made it stands in the plan"
+
+
+def test_eval_draws_figures(run, data, tmp_path, tiny_plan_path):
+    folder, _ = data
+    code, _, _ = run("eval", folder, "--engine", tiny_plan_path, "--split", "test", "--figures", tmp_path / "figures")
+    drawn = sorted((tmp_path / "figures").iterdir())
+    assert code == 0 and len(drawn) == 2
+    for path in drawn:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.width > 3 * 300
