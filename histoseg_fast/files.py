@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every file that is still being written; whatever carries it may be deleted."""
+
+DIGEST_BLOCK_BYTES = 1 << 20
+"""Files are digested in pieces of this size."""
 
 _numbers = itertools.count()
 
@@ -41,3 +45,11 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Hex SHA-256 of what is left of a binary file opened for reading."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(DIGEST_BLOCK_BYTES))
+    while count := file.readinto(block):  # type: ignore[attr-defined]
+        digest.update(block[:count])
+    return digest.hexdigest()

@@ -43,8 +43,9 @@ def command(
         if sys.stderr.isatty():
             print(f"\r{done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    choices = {"split": split, "precision": precision, "tolerance": tolerance}
-    scores = evaluate(plan, data, **choices, progress=progress, figures=figures)
+    scores = evaluate(
+        plan, data, split=split, precision=precision, tolerance=tolerance, progress=progress, figures=figures
+    )
     text = json.dumps(scores, indent=1)
     if json_file is not None and str(json_file) == "-":
         print(text)

@@ -43,7 +43,7 @@ def command(
     from histoseg_fast.plans import open_plan
 
     options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities)
-    display = Display(out)
+    display = Display()
     try:
         totals, record = infer(
             open_plan(engine), inputs, out, options, Progress(display.start, display.image, display.poll)
@@ -67,9 +67,9 @@ class Display:
     The first Ctrl-C or SIGTERM lets the stream finish what is in flight; a second Ctrl-C ends at once.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self) -> None:
         self.signal, self._told = 0, False
-        self._out, self._total = out, 0
+        self._total = 0
         self._bar: Any = None
         self._stream: Any = None
         self._terminal = sys.stderr.isatty()

@@ -56,20 +56,3 @@ def score_logits(
             absolute += row_absolute
             square += row_square
     return entropy, absolute, square
-
-
-def count_pairs(const uint8_t[:, :] labels, const uint8_t[:, :] predicted, int64_t[:, ::1] confusion):
-    """Add one image to `confusion` (rows true, columns predicted) from two class maps, uint8 (H, W).
-
-    Ids of C and above, in either map, are not counted. Raises ValueError if the shapes do not fit.
-    """
-    cdef Py_ssize_t classes = confusion.shape[0], y, x
-    if labels.shape[0] != predicted.shape[0] or labels.shape[1] != predicted.shape[1]:
-        raise ValueError("labels and prediction differ in size")
-    if confusion.shape[1] != classes:
-        raise ValueError("confusion must be (C, C)")
-    with nogil:
-        for y in range(labels.shape[0]):
-            for x in range(labels.shape[1]):
-                if labels[y, x] < classes and predicted[y, x] < classes:
-                    confusion[labels[y, x], predicted[y, x]] += 1

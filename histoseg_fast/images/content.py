@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from histoseg_fast.errors import ImageError
+from histoseg_fast.files import sha256_of
 
 WHOLE_FILE_BYTES = 256 * 2**20
 """Files up to this size are held in memory, so that digest and decode see the same bytes."""
@@ -17,7 +18,6 @@ WHOLE_FILE_BYTES = 256 * 2**20
 MAX_ENCODED_BYTES = 2**30
 """Largest PNG or JPEG file; these formats have to be held and decoded whole."""
 
-_DIGEST_BLOCK = 2**20
 
 
 class Content:
@@ -61,7 +61,7 @@ class Content:
         self.data: bytes | None = None
         self.stream: BinaryIO = file
         if self.size > limit:
-            self.sha256 = _digest(file)
+            self.sha256 = sha256_of(file)
             file.seek(0)
             self.check_unchanged()
             return
@@ -106,13 +106,6 @@ def _read_whole(file: BinaryIO, size: int) -> bytes:
             break
         data += more
     return data
-
-
-def _digest(file: BinaryIO) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(_DIGEST_BLOCK))
-    while count := file.readinto(block):  # type: ignore[attr-defined]
-        digest.update(block[:count])
-    return digest.hexdigest()
 
 
 def _changed(path: Path) -> ImageError:

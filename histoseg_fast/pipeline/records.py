@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.files import atomic_write
+from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, sha256_of
 
 MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
 
@@ -93,10 +93,7 @@ def _lock(path: Path) -> io.IOBase:
 def _digest(path: Path) -> str | None:
     try:
         with open(path, "rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+            return sha256_of(stream)
     except OSError:
         return None
 
@@ -143,13 +140,8 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
 
 def clear_partials(out: Path) -> None:
     """Remove the half-written files that a killed run left in `out`; the lock must be held."""
-    from histoseg_fast.files import TEMPORARY_SUFFIX
-
     for folder, _, files in os.walk(out):
         for file in files:
             if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(folder, file))
-
-
-__all__ = ["Manifest", "clear_partials", "run_key", "tumour_stroma_ratio", "write_run", "write_summary"]

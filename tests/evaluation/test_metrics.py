@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-from histoseg_fast.evaluation._counts import count_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score
@@ -115,17 +114,6 @@ def test_json_of_nothing_and_of_absent_classes():
     assert filled["confusion"] == [[3, 0, 0], [0, 0, 0], [0, 0, 0]] and filled["pixels"] == 3
 
 
-@SETTINGS
-@given(st.integers(0, 2**32))
-def test_count_pairs(seed):
-    random = np.random.default_rng(seed)
-    labels, predicted = random.integers(0, 4, (2, 5, 9), np.uint8)  # 3 is none of the three classes
-    confusion = np.zeros((3, 3), np.int64)
-    count_pairs(labels, predicted, confusion)
-    expected = confusion_matrix(labels.ravel(), predicted.ravel(), labels=range(4))[:3, :3]
-    np.testing.assert_array_equal(confusion, expected)
-
-
 def test_shapes_that_do_not_fit():
     logits, labels, confusion = np.zeros((3, 4, 5), np.float32), np.zeros((4, 5), np.uint8), np.zeros((3, 3), np.int64)
     colours = np.zeros((3, 3))
@@ -134,8 +122,6 @@ def test_shapes_that_do_not_fit():
     for arguments in wrong:
         with pytest.raises(ValueError):
             score_logits(*(np.ascontiguousarray(a) for a in arguments))
-    with pytest.raises(ValueError):
-        count_pairs(labels, labels[:, :3], confusion)
 
 
 def random_scores(images: int) -> Scores:
