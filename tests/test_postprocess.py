@@ -43,7 +43,15 @@ def test_text_there_and_back(wanted):
     assert PostProcessing.parse(",".join(parts)) == wanted
 
 
+@given(options)
+def test_shown_text_there_and_back(wanted):
+    assert PostProcessing.parse(str(wanted)) == wanted
+
+
 def test_short_texts():
+    crf = "crf,crf.iterations=3,crf.smooth_weight=2,crf.appearance_sigma_xy=0.7"
+    for text in ("none", "min_island=9", "majority_radius=2", "crf", f"{crf},majority_radius=2,min_island=9"):
+        assert str(PostProcessing.parse(text)) == text
     assert PostProcessing.parse("none") == PostProcessing()
     assert PostProcessing.parse("crf") == PostProcessing(crf=CrfOptions())
     for text in ("crf,crf.iterations=3,min_island=9", "crf.iterations=3,min_island=9,crf"):
