@@ -58,11 +58,16 @@ def cuda_library_folders(nvcc: str) -> list[str]:
     return [flag[2:] for flag in shlex.split(line[1]) if flag.startswith("-L")] if line else []
 
 
+def cuda_flags() -> list[str]:
+    """What nvcc gets besides architectures. No fused multiply-adds: the device's sums equal the host's bit for bit."""
+    host = "/O2,/MD" if sys.platform == "win32" else "-fPIC,-fvisibility=hidden,-ffp-contract=off"
+    return ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", host]
+
+
 def compile_cuda(nvcc: str, sources: list[str], folder: Path, show) -> list[str]:
     """The object files of `sources`, each compiled for all architectures."""
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    host = "/O2,/MD" if sys.platform == "win32" else "-fPIC,-fvisibility=hidden,-ffp-contract=off"
-    flags = ["-O3", "-std=c++17", "--threads", "2", "-Xcompiler", host, *architecture_flags(listing)]
+    flags = [*cuda_flags(), "--threads", "2", *architecture_flags(listing)]
     folder.mkdir(parents=True, exist_ok=True)
     headers = max(path.stat().st_mtime for path in ROOT.glob("csrc/*.h"))
     objects = []

@@ -1,42 +1,24 @@
-// The one file that knows Python: checks every argument, releases the GIL, calls plain C++.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// What Python sees of the C++ core: checks every argument, releases the GIL, calls plain C++.
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <cmath>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "crf.h"
 #include "labels.h"
 #include "overlay.h"
+#include "png_filters.h"
 #include "regions.h"
 #include "simd.h"
 #include "stitch.h"
 #include "threads.h"
 
-namespace py = pybind11;
-
 namespace histoseg {
 namespace {
-
-[[noreturn]] void fail(const std::string& name, const std::string& what) { throw py::value_error(name + ": " + what); }
-
-std::string shape_text(const py::array& array) { return py::str(array.attr("shape")).cast<std::string>(); }
-
-// `object` as an aligned array of exactly T and `ndim` axes; no conversions, so that outputs are the caller's memory.
-template <typename T>
-py::array checked(const py::object& object, const char* name, py::ssize_t ndim) {
-    if (!py::isinstance<py::array>(object)) fail(name, "expected a NumPy array");
-    auto array = py::reinterpret_borrow<py::array>(object);
-    const std::string wanted = py::str(py::dtype::of<T>()).cast<std::string>();
-    if (!py::isinstance<py::array_t<T>>(object)) {
-        fail(name, "expected dtype " + wanted + ", got " + py::str(array.dtype()).cast<std::string>());
-    }
-    if (array.ndim() != ndim) fail(name, "expected " + std::to_string(ndim) + " axes, got shape " + shape_text(array));
-    if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) fail(name, "is not aligned to its dtype");
-    return array;
-}
 
 // NumPy leaves the stride of an axis of length 0 or 1 undefined.
 void check_contiguous(const py::array& array, const char* name, py::ssize_t axis, py::ssize_t stride) {
@@ -60,20 +42,6 @@ py::array checked_output(const py::object& object, const char* name, const std::
     check_shape(array, name, shape);
     check_contiguous(array, name, array.ndim() - 1, static_cast<py::ssize_t>(sizeof(T)));
     return array;
-}
-
-PaletteTable checked_palette(const py::object& object) {
-    const auto array = checked<std::uint8_t>(object, "palette", 2);
-    if (array.shape(0) < 1 || array.shape(0) > kMaxClasses || array.shape(1) != 3) {
-        fail("palette", "expected shape (n, 3) with n from 1 to " + std::to_string(kMaxClasses) + ", got " +
-                            shape_text(array));
-    }
-    PaletteTable table;
-    table.size = static_cast<std::int32_t>(array.shape(0));
-    for (py::ssize_t id = 0; id < array.shape(0); ++id) {
-        for (py::ssize_t c = 0; c < 3; ++c) table.colours[id][c] = *static_cast<const std::uint8_t*>(array.data(id, c));
-    }
-    return table;
 }
 
 void check_threads(int threads) {
@@ -244,6 +212,21 @@ void py_tint(const py::object& rgb_object, const py::object& ids_object, const p
     tint(band, palette, static_cast<std::uint8_t>(alpha));
 }
 
+bool py_unfilter_rgb(const py::bytes& rows, const py::object& out_object) {
+    const auto given = checked<std::uint8_t>(out_object, "out", 3);
+    auto out = checked_output<std::uint8_t>(out_object, "out", {given.shape(0), given.shape(1), 3});
+    check_packed_rgb(out, "out");
+    const std::string_view bytes = rows;  // CPython keeps a zero behind them, which unfilter_rgb may read
+    const std::int64_t height = out.shape(0), width = out.shape(1);
+    if (static_cast<std::int64_t>(bytes.size()) != height * (3 * width + 1)) {
+        fail("rows", "expected " + std::to_string(height * (3 * width + 1)) + " bytes, got " +
+                         std::to_string(bytes.size()));
+    }
+    auto* target = static_cast<std::uint8_t*>(out.mutable_data());
+    const py::gil_scoped_release released;
+    return unfilter_rgb(reinterpret_cast<const std::uint8_t*>(bytes.data()), height, width, target, out.strides(0));
+}
+
 void check_pixels(const py::array& array, const char* name, std::int64_t pixels, std::int64_t most) {
     if (pixels > most) {
         fail(name, "expected at most " + std::to_string(most) + " pixels, got shape " + shape_text(array));
@@ -341,11 +324,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     using namespace pybind11::literals;
     m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays, post-processing. Wrong arguments raise "
               "ValueError.";
-#ifdef HISTOSEG_CUDA_BUILT
-    m.attr("cuda_built") = true;
-#else
-    m.attr("cuda_built") = false;
-#endif
     m.attr("max_classes") = kMaxClasses;
     m.attr("max_threads") = kMaxThreads;
     m.attr("unmatched") = static_cast<int>(kUnmatched);
@@ -368,6 +346,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           "confidence (uint64 by class), returns how many of its pixels have a logit that is not finite.");
     m.def("tint", &py_tint, "rgb"_a, "ids"_a, "above"_a, "palette"_a, "alpha"_a, "out"_a,
           "Blends class colours (alpha 0..255) and outlines over rgb, into out (which may be rgb).");
+    m.def("unfilter_rgb", &py_unfilter_rgb, "rows"_a, "out"_a,
+          "Undoes the row filters of inflated 8-bit RGB PNG data, into uint8 (height, width, 3) with rows any distance "
+          "apart; whether every filter was known.");
     m.def("remove_islands", &py_remove_islands, "ids"_a, "area"_a,
           "(ids, changed) of uint8 (height, width) ids: components of fewer than area pixels join the class that they "
           "share the longest border with, smallest first; changed is a number of pixels.");
@@ -381,4 +362,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("best_simd_level", [] { return simd_level_name(best_simd_level()); }, "The best level of this machine.");
     m.def("set_simd_level", &py_set_simd_level, "level"_a,
           "For tests: use 'baseline', 'avx2' or 'avx512'. Answers do not depend on it.");
+    bind_cuda(m);
 }

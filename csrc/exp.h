@@ -1,24 +1,12 @@
-// An exp() of plain float operations: vectorisable, and the same bits at every SIMD level and in every compiler.
+// An exp() of plain float operations: vectorisable, and the same bits at every SIMD level, in every compiler and on
+// GPUs. That holds while no compiler fuses a multiply and an add: -ffp-contract=off, and -fmad=false for nvcc.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "simd.h"
+#include "host_device.h"
 
 namespace histoseg {
-
-HISTOSEG_INLINE std::uint32_t float_bits(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-HISTOSEG_INLINE float bits_float(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 // exp(x) for x <= 0 with a relative error below 1e-6; exp(0) is exactly 1. Below -87, and for NaN, it is exp(-87).
 HISTOSEG_INLINE float exp_not_positive(float x) {

@@ -1,6 +1,5 @@
 // CUDA sibling of labels.cpp: the same matching, one thread a pixel.
-#include <cuda_runtime.h>
-
+#include "cuda_error.h"
 #include "labels.h"
 
 namespace histoseg {
@@ -40,8 +39,7 @@ const char* launch_decode_labels(const std::uint8_t* rgb, std::int64_t height, s
     const unsigned blocks = needed < kMaxBlocks ? static_cast<unsigned>(needed) : kMaxBlocks;
     decode_kernel<<<blocks, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
         rgb, width, pixels, channels, stride_y, palette, max_distance2, ids, counters);
-    const cudaError_t status = cudaGetLastError();
-    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+    return error_text(cudaGetLastError());
 }
 
 }  // namespace histoseg

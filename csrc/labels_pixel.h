@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define HISTOSEG_HD __host__ __device__
-#else
-#define HISTOSEG_HD
-#endif
+#include "host_device.h"
 
 namespace histoseg {
 

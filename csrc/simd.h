@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "host_device.h"
+
 // macOS builds may hold two architectures in one file and run on machines without AVX-512: they keep the baseline.
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__APPLE__)
 #define HISTOSEG_MULTIVERSION 1
@@ -14,14 +16,6 @@
 #define HISTOSEG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")))
 #else
 #define HISTOSEG_MULTIVERSION 0
-#endif
-
-#if defined(_MSC_VER)
-#define HISTOSEG_INLINE __forceinline
-#define HISTOSEG_RESTRICT __restrict
-#else
-#define HISTOSEG_INLINE inline __attribute__((always_inline))
-#define HISTOSEG_RESTRICT __restrict__
 #endif
 
 namespace histoseg {

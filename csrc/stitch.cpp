@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "exp.h"
 #include "simd.h"
+#include "stitch_pixel.h"
 
 namespace histoseg {
 
@@ -16,39 +16,16 @@ static_assert(std::uint64_t{kStep} * kConfidenceUnits <= 0xFFFFFFFFu, "a step's 
 // What one step leaves behind for its pixels and classes.
 struct Step {
     alignas(64) std::uint32_t winner[kStep];
-    alignas(64) float scale[kStep];  // 1 / sum of exp(logit - top); 0 where a logit is not finite
+    alignas(64) float scale[kStep];  // see PixelScore
     alignas(64) float top[kStep];
     std::uint32_t counts[kMaxClasses];
     std::uint32_t confidence[kMaxClasses];
     std::uint32_t nonfinite;
 };
 
-// All ones for NaN and infinities, else zero.
-HISTOSEG_INLINE std::uint32_t nonfinite_mask(float x) {
-    return (float_bits(x) & 0x7F800000u) == 0x7F800000u ? ~0u : 0u;
-}
-
-HISTOSEG_INLINE std::uint32_t confidence_units(float scale) {
-    return static_cast<std::uint32_t>(static_cast<std::int32_t>(scale * kConfidenceUnits + 0.5f));
-}
-
-// One more class of a pixel: takes over `winner` and `top` if it is higher. Masks, because compilers make
-// unpredictable branches of the same thing written with ?: and then do not vectorise.
-HISTOSEG_INLINE void challenge(float value, std::uint32_t c, float& top, std::uint32_t& winner, std::uint32_t& bad) {
-    const std::uint32_t wins = 0u - static_cast<std::uint32_t>(value > top);
-    winner = (winner & ~wins) | (c & wins);
-    top = value > top ? value : top;
-    bad |= nonfinite_mask(value);
-}
-
-HISTOSEG_INLINE float lower(float a, float b) { return a < b ? a : b; }
-HISTOSEG_INLINE float higher(float a, float b) { return a > b ? a : b; }
-
-// Two to four classes: all of a pixel stays in registers, one pass. The winner's exp is 1, so with two or three
-// classes only the others' are worked out.
+// Two to four classes: one pass.
 template <int kClasses>
 HISTOSEG_INLINE void classify_fixed(const float* const* logits, int count, Step& step) {
-    static_assert(kClasses >= 2 && kClasses <= 4, "written out for these");
     const float* HISTOSEG_RESTRICT row0 = logits[0];
     const float* HISTOSEG_RESTRICT row1 = logits[1];
     const float* HISTOSEG_RESTRICT row2 = logits[kClasses > 2 ? 2 : 0];
@@ -57,26 +34,10 @@ HISTOSEG_INLINE void classify_fixed(const float* const* logits, int count, Step&
     float* HISTOSEG_RESTRICT scales = step.scale;
     float* HISTOSEG_RESTRICT tops = step.top;
     for (int i = 0; i < count; ++i) {
-        const float a = row0[i], b = row1[i], c = row2[i], d = row3[i];
-        float top = a;
-        std::uint32_t winner = 0, bad = nonfinite_mask(a);
-        challenge(b, 1, top, winner, bad);
-        if constexpr (kClasses > 2) challenge(c, 2, top, winner, bad);
-        if constexpr (kClasses > 3) challenge(d, 3, top, winner, bad);
-        float sum = 1.0f;
-        if constexpr (kClasses == 2) {
-            sum += exp_not_positive(lower(a, b) - top);
-        } else if constexpr (kClasses == 3) {
-            const float high = higher(a, b), low = lower(a, b);
-            sum += exp_not_positive(higher(low, lower(high, c)) - top);
-            sum += exp_not_positive(lower(low, c) - top);
-        } else {
-            sum = exp_not_positive(a - top) + exp_not_positive(b - top);
-            sum += exp_not_positive(c - top) + exp_not_positive(d - top);
-        }
-        winners[i] = winner & ~bad;
-        scales[i] = bits_float(float_bits(1.0f / sum) & ~bad);
-        tops[i] = top;
+        const PixelScore score = score_pixel<kClasses>(row0[i], row1[i], row2[i], row3[i]);
+        winners[i] = score.winner;
+        scales[i] = score.scale;
+        tops[i] = score.top;
     }
 }
 
@@ -127,8 +88,9 @@ HISTOSEG_INLINE void classify_any(const float* const* logits, int classes, int c
         for (int i = 0; i < count; ++i) step.scale[i] += exp_not_positive(row[i] - step.top[i]);
     }
     for (int i = 0; i < count; ++i) {
-        step.scale[i] = bits_float(float_bits(1.0f / step.scale[i]) & ~bad[i]);
-        step.winner[i] &= ~bad[i];
+        const PixelScore score = settle(step.winner[i], step.top[i], step.scale[i], bad[i]);
+        step.winner[i] = score.winner;
+        step.scale[i] = score.scale;
     }
 }
 
@@ -137,10 +99,7 @@ HISTOSEG_INLINE void probabilities_of_step(const float* const* logits, int class
     for (int c = 0; c < classes; ++c, out += stride_class) {
         const float* HISTOSEG_RESTRICT row = logits[c];
         std::uint8_t* HISTOSEG_RESTRICT to = out;
-        for (int i = 0; i < count; ++i) {
-            const float p = exp_not_positive(row[i] - step.top[i]) * step.scale[i];
-            to[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(p * 255.0f + 0.5f));
-        }
+        for (int i = 0; i < count; ++i) to[i] = probability_byte(row[i], step.top[i], step.scale[i]);
     }
 }
 

@@ -5,11 +5,9 @@
 #include <cstdint>
 
 #include "labels_pixel.h"
+#include "stitch_pixel.h"
 
 namespace histoseg {
-
-// One unit of confidence: sums of whole units are exact, so they do not depend on the order of tiles.
-constexpr int kConfidenceUnits = 65535;
 
 // Logits (classes, height, width), float32, last axis contiguous; other strides in bytes, any sign.
 struct LogitsView {
@@ -36,5 +34,34 @@ struct StitchOutput {
 // Returns the number of core pixels with a NaN or infinite logit: they are class 0 with confidence and
 // probabilities 0. Ties go to the lowest class.
 std::int64_t stitch(const LogitsView& logits, const Core& core, const StitchOutput& output);
+
+enum class LogitsType { fp32, fp16 };
+enum class LogitsLayout { nchw, nhwc };
+
+// Where the classes of one tile's core go: the address of its first pixel and the bytes from row to row.
+struct StitchTarget {
+    std::uint8_t* classes;
+    std::int64_t stride_y;
+};
+
+// A batch of `count` tiles on a CUDA device: all pointers are device memory. Logits are dense. What the tiles' cores
+// come to is as in `stitch`, but counts, confidence and nonfinite are set, not added to, and logits are read once.
+struct StitchBatch {
+    const void* logits;
+    LogitsType type;
+    LogitsLayout layout;
+    std::int32_t count, classes, height, width;
+    const std::int32_t* cores;      // (count, 4): top, left, bottom, right, ends excluded; what lies outside is cut off
+    std::uint8_t* ids;              // (count, height, width): a core's classes at the core's place
+    const StitchTarget* targets;    // (count): where they go instead of `ids`; null for `ids`
+    unsigned long long* counts;     // (count, classes)
+    unsigned long long* confidence; // (count, classes)
+    unsigned long long* nonfinite;  // (count)
+    std::uint8_t* probabilities;    // (count, classes, height, width), at the core's place; null for none
+};
+
+// The CUDA sibling (stitch.cu). Only queues work on `stream` (a cudaStream_t). Returns null, or CUDA's own words for
+// what failed.
+const char* launch_stitch(const StitchBatch& batch, void* stream);
 
 }  // namespace histoseg

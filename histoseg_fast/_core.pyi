@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,3 +48,48 @@ def dense_crf(
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def set_simd_level(level: str) -> None: ...
+def cuda_stitch(
+    logits_ptr: int,
+    dtype: Literal["fp32", "fp16"],
+    layout: Literal["nchw", "nhwc"],
+    n: int,
+    classes: int,
+    h: int,
+    w: int,
+    cores_ptr: int,
+    ids_ptr: int,
+    counts_ptr: int,
+    confidence_ptr: int,
+    broken_ptr: int,
+    probabilities_ptr: int,
+    stream: int,
+    *,
+    targets_ptr: int = 0,
+) -> None: ...
+def cuda_gather(
+    image_ptr: int,
+    image_h: int,
+    image_w: int,
+    image_stride: int,
+    n: int,
+    h: int,
+    w: int,
+    origins_ptr: int,
+    tiles_ptr: int,
+    stream: int,
+) -> None: ...
+def cuda_decode_labels(
+    rgb_ptr: int,
+    h: int,
+    w: int,
+    channels: int,
+    stride: int,
+    palette: U8,
+    tolerance: float,
+    ids_ptr: int,
+    counters_ptr: int,
+    stream: int,
+) -> None: ...
+
+emulate_stitch = cuda_stitch
+emulate_gather = cuda_gather

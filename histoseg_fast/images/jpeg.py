@@ -84,7 +84,7 @@ class JpegSource(WholeSource):
         self._cmyk = header.channels == 4
 
     def _decode_rgb(self, out: np.ndarray) -> bool:
-        if self._cmyk:
+        if self._cmyk or not out.flags.c_contiguous:
             return False
         imagecodecs.jpeg8_decode(self._data, outcolorspace="RGB", out=out)
         return True

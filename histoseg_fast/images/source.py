@@ -140,7 +140,7 @@ class WholeSource(ImageSource):
 
     @abc.abstractmethod
     def _decode_rgb(self, out: np.ndarray) -> bool:
-        """Decode into the C-contiguous (height, width, 3) `out`; False where the codec gives no RGB."""
+        """Decode into (height, width, 3) `out`, rows packed and any distance apart; False where the codec cannot."""
 
     @abc.abstractmethod
     def _decode_samples(self) -> np.ndarray:
@@ -152,7 +152,7 @@ class WholeSource(ImageSource):
 
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
         if self._samples is None:
-            whole = y0 == 0 and y1 == self.height and out.flags.c_contiguous and out.flags.writeable
+            whole = y0 == 0 and y1 == self.height and out.strides[1:] == (3, 1) and out.flags.writeable
             if whole and self._decode_rgb(out):
                 return
             samples = self._decode_samples()
