@@ -13,7 +13,7 @@ from histoseg_fast.data import SPLITS
 from histoseg_fast.evaluation.evaluate import evaluate
 from histoseg_fast.evaluation.figures import save_curves
 from histoseg_fast.files import atomic_write
-from histoseg_fast.models.architectures import ARCHITECTURES
+from histoseg_fast.models.architectures import PAPER_ARCHITECTURES
 from histoseg_fast.training.loop import BEST, HISTORY, train
 from histoseg_fast.training.options import TrainingOptions
 
@@ -35,7 +35,7 @@ def run_experiments(
     """
     root, out = Path(root), Path(out)
     table_1: dict[str, Any] = {}
-    for arch in ARCHITECTURES:
+    for arch in PAPER_ARCHITECTURES:
         report(f"== experiment {arch}")
         train(root, out / arch, dataclasses.replace(options, arch=arch), report)
         table_1[arch] = _score(root, out / arch, "val")
@@ -49,7 +49,7 @@ def run_experiments(
     }
     _write(out / RECORD, json.dumps(record, indent=1))
     _write(out / TABLES, tables(record))
-    save_curves(out / CURVES, {arch: _history(out / arch) for arch in ARCHITECTURES})
+    save_curves(out / CURVES, {arch: _history(out / arch) for arch in PAPER_ARCHITECTURES})
     report(f"tables: {out / TABLES}; curves: {out / CURVES}")
     return record
 
