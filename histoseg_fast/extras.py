@@ -15,6 +15,4 @@ def has(*packages: str) -> bool:
 def need(extra: str, *packages: str) -> None:
     """Raise UsageError, with the command that helps, unless all `packages` of `extra` are installed."""
     if missing := [package for package in packages if not has(package)]:
-        raise UsageError(
-            f"this needs {', '.join(missing)}", fix=f"pip install 'histoseg-fast[{extra}]'"
-        )
+        raise UsageError(f"this needs {', '.join(missing)}", fix=f"pip install 'histoseg-fast[{extra}]'")

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """The CPU abilities that decide which precision is fast here."""
 
 
@@ -19,6 +19,14 @@ def cpu_flags() -> frozenset[str]:
         return frozenset()
     found = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
     return frozenset(FLAGS) & frozenset(found)
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """Precisions this CPU runs natively, fastest last."""
+    flags = cpu_flags()
+    bf16 = ("bf16",) if flags & {"avx512_bf16", "amx_bf16"} else ()
+    int8 = ("int8",) if flags & {"avx_vnni", "avx512_vnni", "amx_int8"} else ()
+    return ("fp32", *bf16, *int8)
 
 
 def cpu_name() -> str:

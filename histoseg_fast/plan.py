@@ -22,6 +22,7 @@ from typing import Any
 from histoseg_fast.errors import LabelError, PlanError, UsageError
 from histoseg_fast.files import atomic_write
 from histoseg_fast.labels import Palette
+from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import check_tile
 
 FORMAT, VERSION = "histoseg-fast plan", 1
@@ -33,12 +34,25 @@ MAX_STRIDE = 1024
 MAX_HALO = 8192
 MAX_TILE = 1 << 15
 MAX_TEXT = 100
+MIN_RANGE, MAX_RANGE = 1e-30, 1e30
+DEFAULT_GATE = {"agreement": 0.995, "mean_iou": 0.002}
+"""A faster precision is taken for fp32 if at least this share of pixels agree, and mIoU falls by no more than this."""
 _MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za-z0-9._-]{0,120})")
 # In ONNX's protobuf, a tensor kept outside the model names its file under the key "location". A plan is complete
 # in itself, so such a reference is an attempt to read other files. (The key alone: its length has many encodings.)
 _EXTERNAL_DATA = b"location"
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, EOFError, OverflowError, NotImplementedError, RuntimeError, OSError)
 """What zipfile raises on damage; OverflowError where an offset is beyond what the system counts to."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What int8 rounds: the largest value of the tensor before (`inputs`: from 0, behind a ReLU) or behind (`outputs`:
+    of both signs) each convolution of these names. The weights of every convolution in `inputs` are rounded too.
+    """
+
+    inputs: Mapping[str, float]
+    outputs: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,37 @@ class Plan:
         """Default tile size in pixels, halo included."""
         return int(self.manifest["tile"]["default"])
 
+    @cached_property
+    def postprocess(self) -> PostProcessing:
+        """The steps after the network that the plan was compiled with; none where its manifest has no such key."""
+        return PostProcessing.from_json(self.manifest.get("postprocess", NO_STEPS.as_json()))
+
+    def choose_postprocess(self, wanted: str) -> PostProcessing:
+        """The steps that `wanted` names: "plan" for the plan's own, else as `PostProcessing.parse` reads it."""
+        return self.postprocess if wanted == "plan" else PostProcessing.parse(wanted)
+
     def agreement(self, precision: str) -> float | None:
         """Measured share of pixels whose class equals fp32's, or None where it was not measured."""
-        value = self.manifest["precisions"].get(precision, {}).get("agreement")
+        return self._measured(precision, "agreement")
+
+    def passes(self, precision: str) -> bool:
+        """Whether `precision` was measured to be as good as fp32: within the manifest's gate of agreement and mIoU."""
+        gate = self.manifest.get("gate", DEFAULT_GATE)
+        agreement, reached, exact = (
+            self._measured(*key) for key in ((precision, "agreement"), (precision, "mean_iou"), ("fp32", "mean_iou"))
+        )
+        kept = reached is None or exact is None or reached >= exact - gate["mean_iou"]
+        return agreement is not None and agreement >= gate["agreement"] and kept
+
+    def _measured(self, precision: str, key: str) -> float | None:
+        value = self.manifest["precisions"].get(precision, {}).get(key)
         return None if value is None else float(value)
+
+    @cached_property
+    def ranges(self) -> Ranges | None:
+        """What int8 needs to know, or None where the plan was compiled without."""
+        found = self.manifest.get("int8")
+        return None if found is None else Ranges(found["inputs"], found["outputs"])
 
 
 def write_plan(path: str | Path, manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> Plan:
@@ -209,15 +250,39 @@ def _check_manifest(plan: Plan) -> None:
     check_tile(tile, halo, stride)
     for precision, measured in _field(manifest, "precisions", dict).items():
         _check_text(precision, "precisions")
-        agreement = measured.get("agreement") if isinstance(measured, dict) else "none"
-        if agreement is not None and not (isinstance(agreement, int | float) and 0 <= agreement <= 1):
-            raise PlanError(f"has no valid agreement for {precision!r}")
+        for key in ("agreement", "mean_iou"):
+            value = measured.get(key) if isinstance(measured, dict) else "none"
+            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise PlanError(f"has no valid {key} for {precision!r}")
+    _check_gate(manifest.get("gate", DEFAULT_GATE))
+    _check_ranges(manifest.get("int8", {"inputs": {}, "outputs": {}}))
+    if "postprocess" in manifest:
+        PostProcessing.from_json(manifest["postprocess"])
     try:
         names = plan.palette.names
     except (LabelError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"has no valid classes ({str(error)[:200]})") from error
     for name in names:
         _check_text(name, "classes")
+
+
+def _check_gate(gate: Any) -> None:
+    if not isinstance(gate, dict) or gate.keys() != DEFAULT_GATE.keys():
+        raise PlanError("has no valid 'gate' in its manifest")
+    if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in gate.values()):
+        raise PlanError("has a 'gate' beyond 0 to 1 in its manifest")
+
+
+def _check_ranges(ranges: Any) -> None:
+    if not isinstance(ranges, dict) or ranges.keys() != {"inputs", "outputs"}:
+        raise PlanError("has no valid 'int8' in its manifest")
+    for limits in ranges.values():
+        valid = isinstance(limits, dict) and all(
+            isinstance(v, int | float) and MIN_RANGE < v < MAX_RANGE and len(name) <= MAX_TEXT
+            for name, v in limits.items()
+        )
+        if not valid:
+            raise PlanError("has 'int8' ranges that are no positive numbers by layer in its manifest")
 
 
 def _check_text(value: str, key: str) -> None:

@@ -14,6 +14,9 @@ import numpy as np
 
 from histoseg_fast.errors import UsageError
 
+Core = tuple[int, int, int, int]
+"""Top, left, bottom, right inside a tile, ends excluded."""
+
 
 def padded_length(length: int, stride: int) -> int:
     """`length` rounded up to a multiple of `stride`."""
@@ -97,3 +100,9 @@ class TileGrid:
     def tile_shape(self) -> tuple[int, int]:
         """(height, width) of every tile, halo included."""
         return self.rows[0].outer_end - self.rows[0].outer, self.columns[0].outer_end - self.columns[0].outer
+
+    def core(self, row: int, column: int) -> Core:
+        """The part of tile (row, column) that is kept, in the tile's own coordinates."""
+        down, across = self.rows[row], self.columns[column]
+        top, left = down.core - down.outer, across.core - across.outer
+        return top, left, down.core_end - down.outer, across.core_end - across.outer

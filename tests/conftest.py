@@ -6,9 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from gpu_fixtures import gpus  # noqa: F401 (a fixture)
 from tiny_plans import tiny_manifest, tiny_model
+from trt_fixtures import machine  # noqa: F401 (a fixture)
 
+from histoseg_fast.engines.devices import LIBRARY_VARIABLE
 from histoseg_fast.plan import MODEL, Plan, pack, unpack, write_plan
+
+os.environ[LIBRARY_VARIABLE] = "none"
+"""Where nothing else is asked for, tests run on the CPU, also on machines with a GPU; those in tests/gpu undo this."""
 
 
 @pytest.fixture(scope="session")

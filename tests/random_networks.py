@@ -1,4 +1,4 @@
-"""The four networks with random weights, exported once for all tests that need them (an export takes seconds)."""
+"""All networks with random weights, exported once for all tests that need them (an export takes seconds)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.halo import measure
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.network import SegmentationNetwork
+from histoseg_fast.models.network import make_network
 from histoseg_fast.plan import MODEL, Plan, pack, unpack
 from histoseg_fast.training.checkpoint import write_checkpoint
 
@@ -20,21 +21,32 @@ NAMES, COLOURS = ["background", "cancer", "stroma"], [[0, 0, 0], [255, 0, 0], [0
 
 
 @functools.cache
-def network(arch: str) -> SegmentationNetwork:
-    """The network with random weights and biases, the same every time."""
+def network(arch: str) -> nn.Module:
+    """The network as trained, with random weights, biases and running statistics, the same every time."""
     torch.manual_seed(7)
-    made = SegmentationNetwork(arch)
+    made = make_network(arch)
     with torch.no_grad():
         for name, tensor in made.named_parameters():
             if name.endswith("bias"):
                 tensor.normal_(0, 0.1)
+        for module in made.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
     return made.eval()
 
 
 @functools.cache
+def folded(arch: str) -> nn.Module:
+    """`network(arch)` as it runs: without batch norms."""
+    return network(arch).fold() if arch == "fast" else network(arch)
+
+
+@functools.cache
 def exported(arch: str) -> onnx.ModelProto:
-    """`network(arch)` as ONNX."""
-    return export_onnx(network(arch))
+    """`folded(arch)` as ONNX."""
+    return export_onnx(folded(arch))
 
 
 @functools.cache
@@ -43,7 +55,7 @@ def plan_of(arch: str) -> Plan:
     receptive = measure(exported(arch))
     manifest = {
         **{"name": arch, "arch": arch, "precision": "auto", "precisions": {"fp32": {"agreement": 1.0}}},
-        **{"stride": receptive.stride, "halo": receptive.halo, "tile": {"default": 256}},
+        **{"stride": receptive.stride, "halo": receptive.halo, "tile": {"default": max(256, 4 * receptive.halo)}},
         "classes": [{"name": n, "colour": c} for n, c in zip(NAMES, COLOURS, strict=True)],
         **{key: {} for key in ("normalisation", "training", "scores", "made_with")},
     }

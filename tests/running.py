@@ -19,6 +19,7 @@ from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.postprocess import PostProcessing
 
 PATIENCE = 120
 """Seconds after which a run that should be over counts as hanging."""
@@ -89,12 +90,11 @@ class FakeEngine(Engine):
         self.submits += 1
         self.on_submit(self.submits)
 
-    def wait(self, slot: Slot) -> np.ndarray:
+    def wait(self, slot: Slot) -> None:
         self.waits += 1
         self.on_wait(self.waits)
         slot.logits = np.ascontiguousarray(slot.input.transpose(0, 3, 1, 2)).astype(np.float32)
         slot.logits[slot.logits == self.broken] = np.nan
-        return slot.logits
 
     def close(self) -> None:
         pass
@@ -102,7 +102,8 @@ class FakeEngine(Engine):
 
 def make_stream(engine: Engine, folder: Path, out: Path, manifest: Manifest, **options: Any) -> Stream:
     """A stream over the images in `folder`, for engines without a halo unless told otherwise."""
-    outputs = Outputs(out, PAPER_PALETTE, overlay=options.pop("overlay", False))
+    steps = PostProcessing.parse(options.pop("postprocess", "none"))
+    outputs = Outputs(out, PAPER_PALETTE, overlay=options.pop("overlay", False), postprocess=steps)
     sources = options.pop("sources", None) or find_sources([str(folder)], out)
     return Stream(engine, sources, outputs, manifest, **{"stride": 1, "halo": 0, "tile": 64, "key": "k", **options})
 

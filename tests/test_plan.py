@@ -12,8 +12,20 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from histoseg_fast.errors import PlanError
-from histoseg_fast.plan import MANIFEST, MAX_MEMBERS, MODEL, VERSION, pack, read_plan, unpack, write_plan
+from histoseg_fast.errors import PlanError, UsageError
+from histoseg_fast.plan import (
+    DEFAULT_GATE,
+    MANIFEST,
+    MAX_MEMBERS,
+    MODEL,
+    VERSION,
+    Ranges,
+    pack,
+    read_plan,
+    unpack,
+    write_plan,
+)
+from histoseg_fast.postprocess import NO_STEPS, CrfOptions, PostProcessing
 
 ADDED = ("format", "version", "members")
 FIXTURES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,6 +96,65 @@ def test_round_trip(tmp_path, manifest, members):
     assert (plan.name, plan.stride, plan.halo, plan.tile) == ("tiny", 2, 8, 128)
     assert plan.palette.names == ("background", "cancer", "stroma")
     assert plan.agreement("fp32") == 1.0 and plan.agreement("bf16") is None
+
+
+@settings(FIXTURES, max_examples=100)
+@given(
+    st.builds(
+        PostProcessing,
+        st.integers(0, 1000),
+        st.integers(0, 1000),
+        st.none() | st.builds(CrfOptions, st.integers(0, 100), st.floats(0, 1000), st.floats(0.5, 1e4)),
+    )
+)
+def test_post_processing_is_recorded(manifest, members, steps):
+    plan = unpack(pack(manifest | {"postprocess": steps.as_json()}, members))
+    assert plan.postprocess == plan.choose_postprocess("plan") == steps
+    assert plan.choose_postprocess("none") == NO_STEPS
+    assert plan.choose_postprocess("min_island=7") == PostProcessing(7)
+
+
+def test_plans_without_post_processing(good):
+    plan = unpack(good)
+    assert "postprocess" not in plan.manifest and plan.postprocess == plan.choose_postprocess("plan") == NO_STEPS
+    with pytest.raises(UsageError, match="'plam' is no post-processing"):
+        plan.choose_postprocess("plam")
+
+
+def test_plans_without_gate_and_int8(good):
+    """Those of before: the default gate, and no int8."""
+    plan = unpack(good)
+    assert not {"gate", "int8", "temperature"} & set(plan.manifest)
+    assert plan.ranges is None and plan.passes("fp32") and not plan.passes("bf16") and not plan.passes("int8")
+    old = unpack(with_manifest(good, lambda m: m | {"precisions": {"bf16": {"agreement": DEFAULT_GATE["agreement"]}}}))
+    assert old.passes("bf16") and not old.passes("fp32")
+
+
+def test_ranges_are_recorded(manifest, members):
+    given = {"inputs": {"b": 4.5, "up": 9}, "outputs": {"b": 1e-29}}
+    assert unpack(pack(manifest | {"int8": given}, members)).ranges == Ranges(given["inputs"], given["outputs"])
+    nothing = {"inputs": {}, "outputs": {}}
+    assert unpack(pack(manifest | {"int8": nothing}, members)).ranges == Ranges({}, {})
+
+
+@pytest.mark.parametrize(
+    ("found", "exact", "passes"),
+    [
+        ({"agreement": 0.9}, {}, True),
+        ({"agreement": 0.9 - 1e-6}, {}, False),
+        ({}, {}, False),
+        ({"mean_iou": 0.9}, {"mean_iou": 0.5}, False),
+        ({"agreement": None}, {}, False),
+        ({"agreement": 1.0, "mean_iou": 0.45}, {"mean_iou": 0.5}, True),
+        ({"agreement": 1.0, "mean_iou": 0.449}, {"mean_iou": 0.5}, False),
+        ({"agreement": 1.0, "mean_iou": 0.9}, {"mean_iou": 0.5}, True),
+        ({"agreement": 1.0, "mean_iou": 0.1}, {}, True),
+        ({"agreement": 1.0}, {"mean_iou": 0.5}, True),
+    ],
+)
+def test_the_gate(manifest, members, found, exact, passes):
+    fields = {"gate": {"agreement": 0.9, "mean_iou": 0.05}, "precisions": {"fp32": exact, "int8": found}}
+    assert unpack(pack(manifest | fields, members)).passes("int8") == passes
 
 
 def test_equal_content_gives_equal_bytes(tmp_path, manifest, members):
@@ -319,7 +390,9 @@ def test_required_fields(good, field):
      {"halo": 1 << 20}, {"halo": 7}, {"tile": {"default": 19}}, {"tile": {"default": 0}},
      {"tile": {"default": 1 << 30}}, {"tile": {}},
      {"precisions": {"fp32": {"agreement": 1.01}}}, {"precisions": {"fp32": {"agreement": -0.1}}},
-     {"precisions": {"fp32": {"agreement": "1"}}}, {"precisions": {"bf16": 1}}, {"precisions": {"b\nf": {}}}],
+     {"precisions": {"fp32": {"agreement": "1"}}}, {"precisions": {"bf16": 1}}, {"precisions": {"b\nf": {}}},
+     {"precisions": {"int8": {"mean_iou": 1.01}}}, {"precisions": {"int8": {"mean_iou": "x"}}},
+     {"precisions": {"int8": None}}],
 )  # fmt: skip
 def test_values_out_of_range(good, change):
     refused(with_manifest(good, lambda m: m | change))
@@ -336,6 +409,38 @@ def test_values_out_of_range(good, change):
 )  # fmt: skip
 def test_classes(good, classes):
     refused(with_manifest(good, lambda m: m | {"classes": classes}), "classes")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*WRONG, "none", [[[]]] * 9, NO_STEPS.as_json() | {"crf": {}}, NO_STEPS.as_json() | {"more": 0},
+     NO_STEPS.as_json() | {"min_island": -1}, NO_STEPS.as_json() | {"min_island": 1.5},
+     NO_STEPS.as_json() | {"majority_radius": 10**4000}, NO_STEPS.as_json() | {"majority_radius": True},
+     PostProcessing(crf=CrfOptions()).as_json() | {"crf": CrfOptions().__dict__ | {"smooth_sigma": 0.1}}],
+)  # fmt: skip
+def test_post_processing_that_is_none(good, value):
+    refused(with_manifest(good, lambda m: m | {"postprocess": value}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*WRONG, DEFAULT_GATE | {"more": 1}, {"agreement": 1}, DEFAULT_GATE | {"agreement": 1.01},
+     DEFAULT_GATE | {"mean_iou": -0.1}, DEFAULT_GATE | {"mean_iou": "0"}, DEFAULT_GATE | {"agreement": None},
+     DEFAULT_GATE | {"agreement": 10**400}, DEFAULT_GATE | {"agreement": [1]}],
+)  # fmt: skip
+def test_gates_that_are_none(good, value):
+    refused(with_manifest(good, lambda m: m | {"gate": value}), "gate")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [*WRONG, {"inputs": {}}, {"inputs": {}, "outputs": {}, "more": {}}, {"inputs": [], "outputs": {}},
+     {"inputs": {}, "outputs": None}, *({"inputs": {"b": v}, "outputs": {}} for v in (0, -1.0, 0.0, 1e-31, 1e31, "1",
+     None, [1], {}, 10**400, -(10**400))), {"inputs": {}, "outputs": {"b": 0}},
+     {"inputs": {"x" * 101: 1.0}, "outputs": {}}],
+)  # fmt: skip
+def test_ranges_that_are_none(good, value):
+    refused(with_manifest(good, lambda m: m | {"int8": value}), "int8")
 
 
 def test_digests_and_listed_members(good):
@@ -367,7 +472,7 @@ JSON = st.recursive(
 
 
 @settings(deadline=None, max_examples=300)
-@given(field=st.sampled_from(FIELDS), value=JSON)
+@given(field=st.sampled_from([*FIELDS, "postprocess", "gate", "int8"]), value=JSON)
 def test_any_value_in_any_field(good, field, value):
     try:
         plan = unpack(with_manifest(good, lambda m: m | {field: value}))
@@ -376,6 +481,7 @@ def test_any_value_in_any_field(good, field, value):
     else:
         assert plan.palette and plan.stride >= 1 and plan.halo % plan.stride == 0
         assert all(plan.agreement(p) is None or 0 <= plan.agreement(p) <= 1 for p in plan.manifest["precisions"])
+        assert plan.passes("int8") in (True, False) and (plan.ranges is None) == ("int8" not in plan.manifest)
 
 
 def test_shuffled_members_are_the_same_plan(good):

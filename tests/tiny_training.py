@@ -16,7 +16,7 @@ OPTIONS = TrainingOptions(
 
 
 class TinyNetwork(nn.Module):
-    """In place of SegmentationNetwork: stride 4, about two thousand weights, no ImageNet.
+    """In place of the real networks: stride 4, about two thousand weights, no ImageNet.
 
     `poison`, if set, is asked with the input and the training flag whether to answer NaN.
     """

@@ -14,29 +14,41 @@ def command(
     out: Path = typer.Option(Path("demo"), help="Folder for everything the demo writes."),
     images: int = typer.Option(4, min=1, max=1000, help="How many fields to make."),
 ) -> int:
-    """Make H&E-like fields with known labels, segment them with the shipped plan, and say where to look."""
+    """Segment H&E-like fields with known labels with each shipped plan; compare speed and score, say where to look."""
     from histoseg_fast.cli import infer
+    from histoseg_fast.plans import SHIPPED
 
     fields = out / "images"
     if not folder:
         make_fields(out, images)
-    code = infer.command(
-        [folder or str(fields)],
-        engine="final",
-        out=out / "results",
-        device="auto",
-        precision="auto",
-        tile=0,
-        batch=1,
-        threads=0,
-        overlay=True,
-        probabilities=False,
-    )
-    if not folder:
-        print(f"against the known labels of the made-up fields: {score_fields(out):.1%} of pixels right")
-    results = out / "results"
-    print(f"look at {results / 'overlays'} and {results / 'masks'} (red cancer, green stroma, black background)")
+    told, code = [], 0
+    for name in SHIPPED:
+        results = out / name
+        code = code or infer.command(
+            [folder or str(fields)],
+            engine=name,
+            out=results,
+            device="auto",
+            precision="auto",
+            tile=0,
+            batch=0,
+            threads=0,
+            overlay=True,
+            probabilities=False,
+            postprocess="plan",
+        )
+        score = "" if folder else f"; {score_fields(out, results):.1%} of the made-up fields' pixels right"
+        told.append(f"{name}: {speed(results)}{score}; look at {results / 'overlays'} and {results / 'masks'}")
+    print("\n".join([*told, "red cancer, green stroma, black background; docs/networks.md says when to use which"]))
     return code
+
+
+def speed(results: Path) -> str:
+    """Images a second of the run in `results`, engine start included."""
+    import json
+
+    record = json.loads((results / "run.json").read_text())
+    return f"{record['images_done'] / record['wall_seconds']:.2f} images/s"
 
 
 def make_fields(out: Path, count: int) -> None:
@@ -52,15 +64,15 @@ def make_fields(out: Path, count: int) -> None:
         write_png(out / "labels" / f"field_{seed}.png", encode(ids))
 
 
-def score_fields(out: Path) -> float:
-    """Pixel accuracy of the masks of the made-up fields against their labels."""
+def score_fields(out: Path, results: Path) -> float:
+    """Pixel accuracy of the masks in `results` against the labels of the made-up fields in `out`."""
     import numpy as np
 
     from histoseg_fast.images import read_image
 
     right = total = 0
     for label in sorted((out / "labels").glob("field_*.png")):
-        mask = out / "results" / "masks" / label.name
+        mask = results / "masks" / label.name
         if mask.exists():
             same = (read_image(mask) == read_image(label)).all(axis=-1)
             right, total = right + int(np.count_nonzero(same)), total + same.size

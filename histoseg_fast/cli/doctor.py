@@ -28,7 +28,7 @@ class Finding:
 
 def command(as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON.")) -> int:
     """Say what this machine can run: CPU, GPU, engines, extras and the shipped plan, with a fix for each lack."""
-    findings = [_cpu(), _core(), _openvino(), _plan(), _gpu(), _tensorrt(), *_extras()]
+    findings = [_cpu(), _core(), _openvino(), _plan(), _gpu(), _tensorrt(), _device(), *_extras()]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -91,11 +91,26 @@ def _gpu() -> Finding:
 
 
 def _tensorrt() -> Finding:
-    version = _version("tensorrt")
-    if version is None:
-        fix = "nothing to do: this version runs on the CPU, its CUDA engine is still to come"
-        return Finding("TensorRT", False, "not installed", fix)
-    return Finding("TensorRT", True, f"{version} (not used yet: this version runs on the CPU)")
+    missing = [package for package in ("tensorrt", "pycuda") if _version(package) is None]
+    if missing:
+        fix = "pip install 'histoseg-fast[tensorrt]' on machines with an NVIDIA GPU"
+        return Finding("TensorRT", False, f"{' and '.join(missing)} not installed", fix)
+    return Finding("TensorRT", True, f"{_version('tensorrt')}, pycuda {_version('pycuda')}")
+
+
+def _device() -> Finding:
+    """What `--device auto` comes to; imports PyTorch or TensorRT only where there is a GPU."""
+    from histoseg_fast.engines.devices import choose_gpus
+    from histoseg_fast.errors import HistosegError
+
+    lines: list[str] = []
+    try:
+        indices, library = choose_gpus("auto", lines.append)
+    except HistosegError as error:
+        return Finding("--device auto", False, str(error), error.fix or "use --device cpu")
+    if indices:
+        return Finding("--device auto", True, f"the first GPU, by {library}")
+    return Finding("--device auto", True, "; ".join(lines) or "the CPU: no GPU that CUDA can use")
 
 
 def _extras() -> list[Finding]:

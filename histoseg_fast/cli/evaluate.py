@@ -18,8 +18,13 @@ def command(
     data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and, if there, split.csv."),
     engine: str = typer.Option("final", help="A plan, a checkpoint (.safetensors), or a shipped plan's name."),
     split: str = typer.Option("", help="train, val or test (default: every image)."),
-    precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
+    precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on a GPU fp16 or fp32."),
     tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette's (RGB)."),
+    postprocess: str = typer.Option(
+        "plan",
+        metavar="SPEC",
+        help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
+    ),
     figures: Path = typer.Option(None, metavar="DIR", help="Also draw image, label, prediction and errors."),
     json_file: Path = typer.Option(None, "--json", metavar="FILE", help="Also write the scores as JSON (-: stdout)."),
 ) -> None:
@@ -44,7 +49,15 @@ def command(
             print(f"\r{done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     scores = evaluate(
-        plan, data, split=split, precision=precision, tolerance=tolerance, progress=progress, figures=figures
+        plan,
+        data,
+        split=split,
+        precision=precision,
+        tolerance=tolerance,
+        postprocess=postprocess,
+        progress=progress,
+        figures=figures,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     text = json.dumps(scores, indent=1)
     if json_file is not None and str(json_file) == "-":
@@ -71,15 +84,19 @@ ROWS = {
 
 def table(scores: dict[str, Any]) -> str:
     """The scores for a person."""
+    from histoseg_fast.postprocess import PostProcessing
+
     names = list(scores["iou"])
     lines = [
         f"{scores['images']} images ({scores['split']}), {scores['pixels']:,} pixels; "
-        f"{scores['plan']} on {scores['device']}, {scores['engine']}, {scores['precision']}",
+        f"{scores['plan']} on {scores['device']}, {scores['engine']}, {scores['precision']}; "
+        f"post-processing {PostProcessing.from_json(scores['postprocess'])}",
         f"{'':<16}{'pooled':>8}{'95 % interval':>20}{'mean of images':>18}",
     ]
     for key, title in ROWS.items():
         interval = " to ".join(map(_value, scores["ci95"].get(key, ())))
         lines.append(f"{title:<16}{_value(scores[key]):>8}{interval:>20}{_value(scores['per_image'][key]):>18}")
+    lines.append(f"expected calibration error {_value(scores['calibration_error'])}")
     lines.append(f"tumour-stroma ratio: mean error {_value(scores['tumour_stroma_ratio_error'])} an image")
     columns = ("iou", "dice", "class_precision", "class_recall")
     lines += ["", f"{'class':<14}" + "".join(f"{c:>10}" for c in ("IoU", "Dice", "precision", "recall"))]

@@ -26,13 +26,18 @@ def command(
     inputs: list[str] = typer.Argument(..., metavar="INPUT...", help="Images, folders (recursive) or glob patterns."),
     engine: str = typer.Option("final", help="A plan file, or the name of a shipped plan."),
     out: Path = typer.Option(Path("out"), help="Folder for masks/, summary.csv, manifest.jsonl and run.json."),
-    device: str = typer.Option("auto", help="auto, cpu or cuda."),
-    precision: str = typer.Option("auto", help="auto, fp32 or bf16."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 or several: cuda:0,1."),
+    precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on GPUs fp16 or fp32."),
     tile: int = typer.Option(0, min=0, help="Tile size in pixels, halo included (0: the plan's)."),
-    batch: int = typer.Option(1, min=1, max=1024, help="Tiles in a batch."),
+    batch: int = typer.Option(0, min=0, max=1024, help="Tiles in a batch (0: 1 on the CPU, 4 on a GPU)."),
     threads: int = typer.Option(0, min=0, max=1024, help="CPU threads of the engine (0: every core)."),
     overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),
     probabilities: bool = typer.Option(False, "--probabilities", help="Also write class probabilities (8-bit TIFF)."),
+    postprocess: str = typer.Option(
+        "plan",
+        metavar="SPEC",
+        help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
+    ),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -42,11 +47,15 @@ def command(
     from histoseg_fast.pipeline.run import InferOptions, Progress, infer
     from histoseg_fast.plans import open_plan
 
-    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities)
+    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities, postprocess)
     display = Display()
     try:
         totals, record = infer(
-            open_plan(engine), inputs, out, options, Progress(display.start, display.image, display.poll)
+            open_plan(engine),
+            inputs,
+            out,
+            options,
+            Progress(display.start, display.image, display.poll, display.report),
         )
     finally:
         display.close()
@@ -80,7 +89,8 @@ class Display:
         self._stream, self._total = stream, images
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._interrupt)
-        print(f"{images} image(s) on {engine.device}: {engine.name}, {engine.precision}", file=sys.stderr)
+        ran = f"{engine.name}, {engine.precision}; post-processing {stream.outputs.postprocess}"
+        print(f"{images} image(s) on {engine.device}: {ran}", file=sys.stderr)
         if self._terminal:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -95,6 +105,9 @@ class Display:
             self._print(f"failed: {one_line(entry['error'])}")
         for warning in entry.get("warnings", ()):
             self._print(f"{one_line(entry['input'])}: {warning}")
+
+    def report(self, line: str) -> None:
+        self._print(one_line(line))
 
     def poll(self) -> None:
         if self.signal and not self._told:

@@ -37,6 +37,7 @@ def command(
         ("network", f"{manifest['arch']}, stride {opened.stride}, halo {opened.halo}, tile {opened.tile} pixels"),
         ("classes", classes),
         ("precisions", f"{agreements}; here --precision auto runs {here}"),
+        ("postprocess", str(opened.postprocess)),
         ("members", ", ".join(f"{name} {m['bytes'] / 2**20:.1f} MiB" for name, m in manifest["members"].items())),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["made_with"].items())),
     ]

@@ -15,7 +15,7 @@ NAME = "train"
 def command(
     data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and, if there, split.csv."),
     out: Path = typer.Option(..., help="Folder for best.safetensors, last.safetensors and history.jsonl."),
-    arch: str = typer.Option("final", help="one, two, three or final (the paper's networks)."),
+    arch: str = typer.Option("final", help="one, two, three or final (the paper's networks), or fast."),
     epochs: int = typer.Option(40, min=1, help="Epochs in all; a resumed run goes on up to it."),
     batch: int = typer.Option(4, min=1, help="Crops a step."),
     lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
@@ -25,16 +25,17 @@ def command(
         "imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint."
     ),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
-    loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5."),
+    loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5,distil=1."),
     class_weights: str = typer.Option("", help="Of the cross entropy, one a class, e.g. 1,1.5,1."),
     label_smoothing: float = typer.Option(0.0, min=0.0, max=0.9, help="Of the cross entropy."),
     l2: float = typer.Option(0.0, min=0.0, help="L2 penalty on the weights (weight decay)."),
-    dropout: float = typer.Option(0.0, min=0.0, max=0.9, help="Share of channels dropped before the last layer."),
+    dropout: float = typer.Option(0.0, min=0.0, max=0.9, help="Share of channels dropped late in the network."),
     clip: float = typer.Option(0.0, min=0.0, help="Scale the gradient's norm down to this (0: never)."),
     patience: int = typer.Option(0, min=0, help="Stop after this many epochs without improvement (0: never)."),
     extra: list[str] = typer.Option(
         [], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."
     ),
+    teacher: str = typer.Option("", metavar="FILE", help="Checkpoint to learn from, with the loss term distil."),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
@@ -50,7 +51,7 @@ def command(
     stain: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary haematoxylin and eosin by up to this share."),
     colour: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary brightness and contrast by up to this share."),
 ) -> int:
-    """Train a network of the paper on labelled images (mirrored three ways, random crops).
+    """Train a network of the paper, or our own, on labelled images (mirrored three ways, random crops).
 
     Run again with the same --out to resume after an interruption, to the same result.
     """
@@ -58,7 +59,7 @@ def command(
     from histoseg_fast.models.architectures import check_architecture
 
     check_architecture(arch)
-    need("train", "torch", "torchvision", "safetensors", "matplotlib", "tensorboard")
+    need("train", "torch", "torchvision", "onnx", "safetensors", "matplotlib", "tensorboard")
     from histoseg_fast.labels import PAPER_PALETTE, Palette
     from histoseg_fast.training.augment import Augmentation
     from histoseg_fast.training.loop import train
@@ -82,6 +83,7 @@ def command(
         clip=clip,
         patience=patience,
         extra=tuple(map(folder_and_scale, extra)),
+        teacher=teacher,
         average=average,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],

@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
+from torch import nn
 
 from histoseg_fast import __version__
+from histoseg_fast.compiling.calibrate import (
+    choose_ranges,
+    fit_temperature,
+    load_calibration,
+    measure_precisions,
+    scale_logits,
+)
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.halo import measure
-from histoseg_fast.engines import AGREEMENT_GATE, check_precision, cpu_precisions, open_engine, run_tiled
-from histoseg_fast.errors import LabelError, PlanError
-from histoseg_fast.images import read_image
+from histoseg_fast.engines import check_precision
+from histoseg_fast.errors import LabelError, PlanError, UsageError
 from histoseg_fast.labels import Palette
+from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.network import SegmentationNetwork
-from histoseg_fast.plan import MODEL, Plan, pack, unpack, write_plan
-from histoseg_fast.synthetic import make_field
+from histoseg_fast.models.fast import FastNetwork
+from histoseg_fast.models.network import make_network
+from histoseg_fast.plan import DEFAULT_GATE, MODEL, Plan, pack, unpack, write_plan
+from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.training.checkpoint import read_checkpoint
 
 DEFAULT_TILE = 1152
 """Holds a 1128x720 image whole, and keeps 90 % of a tile's pixels at the final network's halo."""
-CALIBRATION_SIDE = 1024
-"""Calibration images are cut to this many pixels a side: enough pixels to measure, bounded time."""
-SYNTHETIC_CALIBRATION = 2
-"""Fields of the demo generator that stand in when no calibration images are given."""
 
 
-def load_network(checkpoint: str | Path) -> tuple[SegmentationNetwork, dict[str, Any]]:
-    """The network of a checkpoint and the checkpoint's description. Raises PlanError if they do not fit."""
+def load_network(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, without batch norms, and the checkpoint's description.
+
+    Raises PlanError if they do not fit.
+    """
     tensors, description = read_checkpoint(checkpoint)
     _check_description(description, checkpoint)
-    network = SegmentationNetwork(description["arch"], len(description["classes"]))
+    network = make_network(description["arch"], len(description["classes"]))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise PlanError(f"does not hold a network {description['arch']!r} ({reason})", where=checkpoint) from error
-    return network.eval(), description
+    network.eval()
+    return (network.fold() if isinstance(network, FastNetwork) else network), description
 
 
 def _check_description(description: dict[str, Any], checkpoint: str | Path) -> None:
@@ -56,9 +65,14 @@ def _check_description(description: dict[str, Any], checkpoint: str | Path) -> N
         raise PlanError("was trained with another normalisation than this version exports", where=checkpoint)
 
 
-def plan_of_checkpoint(checkpoint: str | Path, precision: str = "auto") -> Plan:
+def plan_of_checkpoint(checkpoint: str | Path) -> Plan:
     """The plan of a checkpoint, in memory: stride and halo measured, no precision compared with fp32 yet."""
     network, description = load_network(checkpoint)
+    return plan_of_network(network, description, Path(checkpoint))
+
+
+def plan_of_network(network: nn.Module, description: Mapping[str, Any], where: Path, **more: Any) -> Plan:
+    """The plan of a network and its checkpoint's description, in memory; `more` goes into the manifest."""
     model = export_onnx(network)
     receptive = measure(model)
     manifest = {
@@ -72,7 +86,7 @@ def plan_of_checkpoint(checkpoint: str | Path, precision: str = "auto") -> Plan:
         "stride": receptive.stride,
         "halo": receptive.halo,
         "tile": {"default": max(DEFAULT_TILE, 4 * receptive.halo)},
-        "precision": precision,
+        "precision": "auto",
         "precisions": {"fp32": {"agreement": 1.0}},
         "training": description["training"],
         "scores": description.get("scores", {}),
@@ -82,53 +96,66 @@ def plan_of_checkpoint(checkpoint: str | Path, precision: str = "auto") -> Plan:
             "torch": torch.__version__,
             "onnx": onnx.__version__,
         },
+        **more,
     }
-    return unpack(pack(manifest, {MODEL: model.SerializeToString(deterministic=True)}), Path(checkpoint))
+    return unpack(pack(manifest, {MODEL: model.SerializeToString(deterministic=True)}), where)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a plan is to be. precision : what it runs in ("auto": the fastest that passes the gate). gate : how far a
+    precision may fall behind fp32 (see `plan.DEFAULT_GATE`). postprocess : what `infer` and `eval` do by default.
+    tolerance : how far the colours of calibration labels may be from the palette.
+    """
+
+    precision: str = "auto"
+    gate: Mapping[str, float] = field(default_factory=lambda: DEFAULT_GATE)
+    postprocess: PostProcessing = NO_STEPS
+    tolerance: float = 0.0
 
 
 def compile_plan(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    precision: str = "auto",
-    calibration: Sequence[Path] = (),
+    calibrate: Path | None = None,
+    options: CompileOptions = CompileOptions(),
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Compile `checkpoint` to the plan file `out` and return it.
 
-    Every precision that this CPU runs is compared with fp32 on the calibration images (synthetic fields where
-    none are given); the shares of agreeing pixels go into the manifest, where `auto` reads them. Another
-    `precision` than "auto" is what the plan will run in where the CPU has it.
-    Raises PlanError for a checkpoint that is none, ImageError for a calibration image that cannot be read.
+    With images in the folder `calibrate` the plan can run in int8, and with labels its probabilities are calibrated
+    (see `load_calibration` for what the folder may be). Every precision that this CPU runs is compared with fp32 on
+    images that set no ranges; the figures go into the manifest, where `auto` reads them.
+    Raises PlanError for a checkpoint that is none; ImageError, LabelError and DataError for the calibration folder;
+    UsageError for a folder without images, and for int8 without a folder.
     """
-    check_precision(precision)
-    plan = plan_of_checkpoint(checkpoint, precision)
+    check_precision(options.precision)
+    if options.precision == "int8" and calibrate is None:
+        raise UsageError("int8 takes its ranges from images", fix="--calibrate DIR")
+    network, description = load_network(checkpoint)
+    palette = Palette(tuple(description["classes"]), tuple(tuple(colour) for colour in description["colours"]))
+    calibration = load_calibration(calibrate, palette, options.tolerance)
+    more: dict[str, Any] = {"precision": options.precision, "gate": dict(options.gate)}
+    more["postprocess"] = options.postprocess.as_json()
+    if calibration.labelled:
+        plan = plan_of_network(network, description, Path(checkpoint))
+        temperature = round(fit_temperature(plan, calibration.measuring), 4)
+        scale_logits(network, 1 / temperature)
+        more["temperature"] = temperature
+        report(f"temperature {temperature:.3f} on {calibration.source}")
+    if calibration.ranging:
+        more["int8"] = asdict(choose_ranges(network, calibration.ranging))
+    plan = plan_of_network(network, description, Path(checkpoint), **more)
     report(f"network {plan.manifest['arch']}: stride {plan.stride}, halo {plan.halo}")
-    images = [read_image(path)[:CALIBRATION_SIDE, :CALIBRATION_SIDE] for path in calibration]
-    source = f"{len(images)} calibration image(s)"
-    if not images:
-        images = [make_field(seed)[0] for seed in range(SYNTHETIC_CALIBRATION)]
-        source = f"{len(images)} synthetic field(s)"
-    precisions = dict(plan.manifest["precisions"])
-    for candidate in cpu_precisions():
-        if candidate != "fp32":
-            agreement = measure_agreement(plan, candidate, images)
-            precisions[candidate] = {"agreement": round(agreement, 6), "measured_on": source}
-            verdict = "passes" if agreement >= AGREEMENT_GATE else "fails"
-            report(
-                f"{candidate}: {agreement:.3%} of pixels agree with fp32 on {source}; "
-                f"{verdict} the gate of {AGREEMENT_GATE:.1%}"
-            )
-    plan = write_plan(out, {**plan.manifest, "precisions": precisions}, plan.members)
+    candidates = [p for p in cpu_precisions() if p != "int8" or plan.ranges is not None]
+    measured = measure_precisions(plan, candidates, calibration, report)
+    plan = write_plan(out, {**plan.manifest, "precisions": measured}, plan.members)
+    for precision in candidates[1:]:
+        report(f"{precision} {'passes' if plan.passes(precision) else 'fails'} the gate of {_gate(options.gate)}")
     report(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB, sha256 {plan.sha256[:12]}")
     return plan
 
 
-def measure_agreement(plan: Plan, precision: str, images: Iterable[np.ndarray]) -> float:
-    """Share of pixels of `images` (RGB uint8) whose class in `precision` equals fp32's, on this CPU."""
-    same = total = 0
-    with open_engine(plan, precision="fp32") as exact, open_engine(plan, precision=precision) as other:
-        for image in images:
-            a, b = (run_tiled(engine, plan, image).argmax(0) for engine in (exact, other))
-            same, total = same + int((a == b).sum()), total + a.size
-    return same / total
+def _gate(gate: Mapping[str, float]) -> str:
+    return f"{gate['agreement']:.1%} agreement, {100 * gate['mean_iou']:g} points of mIoU"

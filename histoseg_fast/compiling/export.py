@@ -6,19 +6,26 @@ import contextlib
 import io
 import logging
 import warnings
+from math import prod
 
+import numpy as np
 import onnx
 import torch
+from onnx import helper, numpy_helper
+from torch import nn
 
-from histoseg_fast.models.network import SegmentationNetwork, UInt8Network
+from histoseg_fast.models.network import UInt8Network
 
 OPSET = 18
+SMALLEST_HALVED = 256
+"""Tensors of at least this many values are stored in fp16, in half the bytes, unless one is beyond fp16's range."""
 
 
-def export_onnx(network: SegmentationNetwork) -> onnx.ModelProto:
+def export_onnx(network: nn.Module) -> onnx.ModelProto:
     """The network as ONNX: input `rgb` uint8 (n, h, w, 3), output `logits` float32 (n, C, h, w).
 
-    h and w must be multiples of the network's stride. Initialisers carry the checkpoint's tensor names.
+    h and w must be multiples of the network's stride. Initialisers carry the checkpoint's tensor names (where it has
+    batch norms: those of its folded form); the weights are stored in fp16 and computed with in fp32.
     Nothing of the machine that exported it (paths, stack traces) stays in the file.
     """
     side = 8 * network.stride
@@ -42,8 +49,26 @@ def export_onnx(network: SegmentationNetwork) -> onnx.ModelProto:
         logging.getLogger("torch.onnx").setLevel(level)
     model = program.model_proto
     _strip(model)
+    _halve(model.graph)
     onnx.checker.check_model(model)
     return model
+
+
+def _halve(graph: onnx.GraphProto) -> None:
+    """Store the large fp32 tensors in fp16, each with a Cast back to fp32 behind it."""
+    large = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and prod(t.dims) >= SMALLEST_HALVED]
+    large = [t for t in large if np.abs(numpy_helper.to_array(t)).max() <= np.finfo(np.float16).max]
+    names = {tensor.name: f"{tensor.name}.fp32" for tensor in large}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+    for tensor in large:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    casts = [helper.make_node("Cast", [n], [names[n]], f"{n}.cast", to=onnx.TensorProto.FLOAT) for n in names]
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import numpy as np
 
-from histoseg_fast.engines.base import Engine, Slot
+from histoseg_fast.engines.base import Engine, Slot, Wants
+from histoseg_fast.engines.devices import DEVICES, choose_gpus
 from histoseg_fast.errors import EngineError, UsageError
-from histoseg_fast.machine import cpu_flags
+from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.plan import MAX_TILE, Plan
 from histoseg_fast.tiling import TileGrid, pad_to_stride
 
-__all__ = ["AGREEMENT_GATE", "DEVICES", "PRECISIONS", "Engine", "Slot", "check_precision"]
-__all__ += ["choose_precision", "cpu_precisions", "open_engine", "run_tiled"]
+__all__ = ["DEVICES", "PRECISIONS", "Engine", "Slot", "check_precision"]
+__all__ += ["choose_gpu_precision", "choose_precision", "open_engine", "run_tiled"]
 
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "fp32", "bf16")
-AGREEMENT_GATE = 0.995
-"""`auto` takes a faster precision only if at least this share of pixels agreed with fp32 when it was compiled."""
-
-
-def cpu_precisions() -> tuple[str, ...]:
-    """Precisions this CPU runs natively, fastest last."""
-    return ("fp32", "bf16") if cpu_flags() & {"avx512_bf16", "amx_bf16"} else ("fp32",)
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16")
+GPU_PRECISIONS = ("fp16", "fp32")
+"""What GPUs run; every other one is the CPU's alone."""
 
 
 def check_precision(name: str) -> None:
@@ -33,32 +31,81 @@ def check_precision(name: str) -> None:
 def choose_precision(plan: Plan, wanted: str) -> str:
     """What `wanted` means for this plan on this CPU; EngineError if it cannot run here.
 
-    "auto" is the precision that the plan was compiled for, or the fastest that agreed well enough with fp32;
-    fp32 where this CPU lacks it.
+    "auto" is the precision that the plan was compiled for, or the fastest that passed the plan's gate; fp32 where
+    this CPU lacks it.
     """
     check_precision(wanted)
-    here = cpu_precisions()
+    here = tuple(p for p in cpu_precisions() if p != "int8" or plan.ranges is not None)
     if wanted == "auto":
         fixed = plan.manifest["precision"]
-        passed = [p for p in here if p == fixed or (fixed == "auto" and (plan.agreement(p) or 0.0) >= AGREEMENT_GATE)]
+        passed = [p for p in here if p == fixed or (fixed == "auto" and plan.passes(p))]
         return passed[-1] if passed else "fp32"
     if wanted not in here:
-        raise EngineError(f"this CPU has no native {wanted}", fix="use --precision " + " or ".join(("auto", *here)))
+        lacking = f"this CPU has no native {wanted}"
+        if wanted == "int8" and plan.ranges is None:
+            lacking = "the plan was compiled without int8"
+        raise EngineError(lacking, fix="use --precision " + " or ".join(("auto", *here)))
     return wanted
 
 
-def open_engine(plan: Plan, *, device: str = "auto", precision: str = "auto", threads: int = 0) -> Engine:
-    """The best engine for `plan` here. `threads` bounds the CPU's (0: all cores this process may use).
+def choose_gpu_precision(plan: Plan, wanted: str) -> str:
+    """What `wanted` means for this plan on a GPU; EngineError if no GPU runs it.
 
-    Raises UsageError for an unknown device or precision, EngineError for one that cannot run here.
+    "auto" is fp16, unless the plan was compiled for fp32 or its own figures say that fp16 fails its gate.
     """
-    if device not in DEVICES:
-        raise UsageError(f"unknown device {device!r}", fix="choose one of " + ", ".join(DEVICES))
-    if device == "cuda":
-        raise EngineError("this version has no CUDA engine", fix="use --device cpu")
-    from histoseg_fast.engines.openvino import OpenVINOEngine
+    check_precision(wanted)
+    if wanted == "auto":
+        fixed = plan.manifest["precision"]
+        failed = fixed != "fp16" and plan.agreement("fp16") is not None and not plan.passes("fp16")
+        return "fp32" if fixed == "fp32" or failed else "fp16"
+    if wanted not in GPU_PRECISIONS:
+        raise EngineError(f"GPUs run {' and '.join(GPU_PRECISIONS)}, not {wanted}", fix="use --device cpu")
+    return wanted
 
-    return OpenVINOEngine(plan, choose_precision(plan, precision), threads)
+
+def open_engine(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int = 0,
+    streams: int = 1,
+    tile: int = 0,
+    batch: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> Engine:
+    """The best engine for `plan` on `device` (one of `DEVICES`; "auto": a GPU that can be used, else the CPU).
+
+    `threads` bounds the CPU's (0: all cores this process may use), which run `streams` batches side by side; `tile`
+    (0: the plan's) and `batch` (0: a few) are the largest tile and batch that it must take; `report` gets a line for
+    whatever takes long or goes otherwise than hoped. Raises UsageError for an unknown device or precision,
+    EngineError for one that cannot run here.
+    """
+    check_precision(precision)
+    if device == "auto" and precision not in ("auto", *GPU_PRECISIONS):
+        device = "cpu"
+    indices, library = choose_gpus(device, report)
+    if not indices:
+        from histoseg_fast.engines.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(plan, choose_precision(plan, precision), threads, streams)
+    from histoseg_fast.engines.several import SeveralEngines
+
+    precision = choose_gpu_precision(plan, precision)
+    opened: list[Engine] = []
+    with contextlib.ExitStack() as stack:
+        for index in indices:
+            if library == "tensorrt":
+                from histoseg_fast.engines.tensorrt import open_tensorrt
+
+                opened.append(open_tensorrt(plan, index, precision, tile=tile, batch=batch, report=report))
+            else:
+                from histoseg_fast.engines.torch_cuda import TorchEngine
+
+                opened.append(TorchEngine(plan, f"cuda:{index}", precision, report))
+            stack.callback(opened[-1].close)
+        stack.pop_all()
+    return opened[0] if len(opened) == 1 else SeveralEngines(opened)
 
 
 def run_tiled(engine: Engine, plan: Plan, image: np.ndarray, tile: int = MAX_TILE) -> np.ndarray:
@@ -66,15 +113,21 @@ def run_tiled(engine: Engine, plan: Plan, image: np.ndarray, tile: int = MAX_TIL
 
     `tile` is the tile size in pixels, halo included; the default is one tile for the whole image.
     """
-    grid = TileGrid.cover(*image.shape[:2], tile, plan.halo, plan.stride)
+    height, width = image.shape[:2]
+    grid = TileGrid.cover(height, width, tile, plan.halo, plan.stride)
     padded = pad_to_stride(image, plan.stride)
     logits = np.empty((len(plan.palette.names), grid.height, grid.width), np.float32)
     (slot,) = engine.slots(1)
-    for row in grid.rows:
-        for column in grid.columns:
-            slot.reshape(1, *grid.tile_shape)[0] = padded[row.outer : row.outer_end, column.outer : column.outer_end]
-            engine.submit(slot)
-            core = engine.wait(slot)[0, :, row.core - row.outer : row.core_end - row.outer]
-            core = core[:, :, column.core - column.outer : column.core_end - column.outer]
-            logits[:, row.core : row.core_end, column.core : column.core_end] = core
+    slot.wants = Wants(logits=True)
+    with contextlib.closing(slot):
+        for i, row in enumerate(grid.rows):
+            for j, column in enumerate(grid.columns):
+                outer = padded[row.outer : row.outer_end, column.outer : column.outer_end]
+                slot.reshape(1, *grid.tile_shape)[0] = outer
+                engine.submit(slot)
+                engine.wait(slot)
+                assert slot.logits is not None
+                top, left, bottom, right = grid.core(i, j)
+                core = slot.logits[0, :, top:bottom, left:right]
+                logits[:, row.core : row.core_end, column.core : column.core_end] = core
     return logits

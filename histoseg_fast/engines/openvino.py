@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import openvino as ov
 import openvino.properties as properties
 import openvino.properties.hint as hint
 
 from histoseg_fast.engines.base import Engine, Slot
+from histoseg_fast.engines.int8 import quantise
 from histoseg_fast.errors import EngineError, PlanError
-from histoseg_fast.machine import available_cores
+from histoseg_fast.machine import available_cores, cpu_precisions
 from histoseg_fast.plan import MODEL, Plan
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
+"""Of what is computed in floating point; under int8, the first and last layers and whatever has no range."""
 
 
 class OpenVINOSlot(Slot):
@@ -24,13 +25,17 @@ class OpenVINOSlot(Slot):
 
 
 class OpenVINOEngine(Engine):
-    """Runs a plan on the CPU in "fp32" or "bf16" with `threads` threads (0: every core the process may use)."""
+    """Runs a plan on the CPU in "fp32", "bf16" or "int8" with `threads` threads (0: every core the process may use).
+
+    They work on `streams` batches side by side: with two, a core that decodes an image holds up only its own batch.
+    """
 
     device = "cpu"
 
-    def __init__(self, plan: Plan, precision: str, threads: int = 0):
+    def __init__(self, plan: Plan, precision: str, threads: int = 0, streams: int = 1):
         self.precision = precision
         self.name = f"OpenVINO {ov.__version__.split('-')[0]}"
+        self.depth = 2 + streams
         self._classes = len(plan.palette.names)
         core = ov.Core()
         try:
@@ -39,10 +44,18 @@ class OpenVINOEngine(Engine):
             reason = _last_line(error)
             raise PlanError(f"{MODEL} is not a network OpenVINO can read ({reason})", where=plan.path) from error
         self._check(model, plan)
+        floating = precision
+        if precision == "int8":
+            assert plan.ranges is not None
+            try:
+                quantise(model, plan.ranges)
+            except PlanError as error:
+                raise PlanError(error.what, where=plan.path, fix=error.fix) from None
+            floating = "bf16" if "bf16" in cpu_precisions() else "fp32"
         settings = {
-            hint.inference_precision: PRECISIONS[precision],
+            hint.inference_precision: PRECISIONS[floating],
             hint.execution_mode: hint.ExecutionMode.ACCURACY if precision == "fp32" else hint.ExecutionMode.PERFORMANCE,
-            properties.num_streams: 1,
+            properties.num_streams: streams,
             # A pinned thread waits for whatever else the kernel put on its core: decoding, or another job.
             hint.enable_cpu_pinning: False,
             properties.inference_num_threads: threads or available_cores(),
@@ -76,7 +89,7 @@ class OpenVINOEngine(Engine):
         except RuntimeError as error:
             raise EngineError(f"OpenVINO refused a batch {slot.input.shape} ({_last_line(error)})") from error
 
-    def wait(self, slot: Slot) -> np.ndarray:
+    def wait(self, slot: Slot) -> None:
         assert isinstance(slot, OpenVINOSlot)
         try:
             slot.request.wait()
@@ -86,7 +99,6 @@ class OpenVINOEngine(Engine):
         n, h, w, _ = slot.input.shape
         if slot.logits.shape != (n, self._classes, h, w):
             raise EngineError(f"the network gave logits {slot.logits.shape} for a batch {slot.input.shape}")
-        return slot.logits
 
     def close(self) -> None:
         del self._compiled

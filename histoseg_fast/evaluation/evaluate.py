@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from histoseg_fast.data import find_pairs, load_pair
+from histoseg_fast.data import Pair, find_pairs, load_pair
 from histoseg_fast.engines import open_engine, run_tiled
-from histoseg_fast.errors import DataError, ImageError
+from histoseg_fast.errors import DataError, ImageError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.plan import Plan
+from histoseg_fast.postprocess import PostProcessing
 
 
 def evaluate(
@@ -22,35 +23,49 @@ def evaluate(
     split: str = "",
     precision: str = "auto",
     tolerance: float = 0.0,
+    postprocess: str = "plan",
     progress: Callable[[int, int], None] = lambda done, total: None,
     figures: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Scores of `plan` on the images of DATA (of one `split`, or all) as JSON values.
 
-    With `figures`, a PNG an image goes there: image, label, prediction and errors (needs matplotlib).
-    Keys: those of `Scores.as_json`, and engine, precision, device, plan, plan_sha256, split. Raises DataError
-    (bad folder, empty split), LabelError, ImageError, EngineError.
+    `postprocess` is a text for `Plan.choose_postprocess`; what is scored of probabilities stays the logits'.
+    With `figures`, a PNG an image goes there: image, label, prediction and errors (needs matplotlib). `report` is
+    `open_engine`'s.
+    Keys: those of `Scores.as_json`, and engine, precision, device, postprocess, plan, plan_sha256, split. Raises
+    DataError (bad folder, empty split), LabelError, ImageError, EngineError, UsageError (post-processing that is
+    not known, or takes no image of this size).
     """
+    steps = plan.choose_postprocess(postprocess)
     pairs = [pair for pair in find_pairs(root) if split in ("", pair.split)]
     if not pairs:
         raise DataError(f"has no image in split {split!r}", where=root)
     scores = Scores(plan.palette)
-    with open_engine(plan, precision=precision) as engine:
+    with open_engine(plan, precision=precision, report=report) as engine:
         for i, pair in enumerate(pairs):
             rgb, labels = load_pair(pair, plan.palette, tolerance)
             logits = run_tiled(engine, plan, rgb, plan.tile)
-            scores.add(logits, labels)
+            predicted = _post_process(steps, pair, rgb, logits)
+            scores.add(logits, labels, predicted)
             if figures is not None:
-                _draw(figures / f"{pair.image.stem}.png", rgb, labels, logits, plan)
+                _draw(figures / f"{pair.image.stem}.png", rgb, labels, predicted, plan)
             progress(i + 1, len(pairs))
         ran = {"engine": engine.name, "precision": engine.precision, "device": engine.device}
-    return {**scores.as_json(), **ran, "plan": plan.name, "plan_sha256": plan.sha256, "split": split or "all"}
+    known = {"plan": plan.name, "plan_sha256": plan.sha256, "postprocess": steps.as_json(), "split": split or "all"}
+    return {**scores.as_json(), **ran, **known}
 
 
-def _draw(path: Path, rgb: np.ndarray, labels: np.ndarray, logits: np.ndarray, plan: Plan) -> None:
+def _post_process(steps: PostProcessing, pair: Pair, rgb: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    try:
+        return steps.apply(rgb, logits).ids
+    except UsageError as error:
+        raise UsageError(error.what, where=pair.image, fix=error.fix) from None
+
+
+def _draw(path: Path, rgb: np.ndarray, labels: np.ndarray, predicted: np.ndarray, plan: Plan) -> None:
     from histoseg_fast.evaluation.figures import save_figure
 
-    predicted = logits.argmax(0).astype(np.uint8)
     right = float((predicted == labels).mean())
     try:
         save_figure(path, rgb, predicted, plan.palette, labels, f"{path.stem}: {right:.1%} of pixels right")

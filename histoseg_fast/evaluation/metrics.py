@@ -14,6 +14,8 @@ from histoseg_fast.labels import PAPER_PALETTE, Palette
 BOOTSTRAPS = 2000
 """Resamplings of the images behind a confidence interval."""
 CONFIDENCE = 0.95
+CALIBRATION_BINS = 15
+"""Of the highest probability, 0 to 1, for the expected calibration error."""
 
 
 @dataclass
@@ -22,29 +24,40 @@ class Scores:
 
     confusions : int64 (images, C, C), rows true, columns predicted. sums : float64 (images, 3), each image's summed
     cross entropy (natural logarithm), L1 and L2 (paper, section 4.3). A class that neither labels nor prediction
-    hold has IoU and Dice NaN and is left out of their means.
+    hold has IoU and Dice NaN and is left out of their means. reliability : float64 (images, bins, 3), of the pixels
+    in each bin of the highest probability their number, their summed highest probability, and how many are right.
     """
 
     palette: Palette = PAPER_PALETTE
     confusions: np.ndarray = field(init=False)
     sums: np.ndarray = field(init=False)
+    reliability: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         classes = len(self.palette.names)
         self.confusions = np.zeros((0, classes, classes), np.int64)
         self.sums = np.zeros((0, 3))
+        self.reliability = np.zeros((0, CALIBRATION_BINS, 3))
         self._colours = self.palette.array / 255.0
 
-    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Count one image: logits float32 (C, H, W), labels uint8 (H, W), 255 where unlabelled."""
+    def add(self, logits: np.ndarray, labels: np.ndarray, predicted: np.ndarray | None = None) -> None:
+        """Count one image: logits float32 (C, H, W), labels uint8 (H, W), 255 where unlabelled.
+
+        `predicted`, uint8 (H, W) ids, are counted as the classes where they are not the logits' highest.
+        """
         confusion = np.zeros(self.confusions.shape[1:], np.int64)
-        sums = score_logits(logits, labels, self._colours, confusion)
+        reliability = np.zeros(self.reliability.shape[1:])
+        sums = score_logits(logits, labels, self._colours, confusion, reliability)
+        if predicted is not None:
+            confusion = _confusion(labels, predicted, len(confusion))
         self.confusions = np.concatenate([self.confusions, confusion[None]])
         self.sums = np.concatenate([self.sums, np.array([sums])])
+        self.reliability = np.concatenate([self.reliability, reliability[None]])
 
     def join(self, gather: Callable[[np.ndarray], np.ndarray]) -> None:
         """Take what `gather` makes of this process's rows: how several processes join what each has counted."""
         self.confusions, self.sums = gather(self.confusions), gather(self.sums)
+        self.reliability = gather(self.reliability)
 
     @property
     def images(self) -> int:
@@ -87,6 +100,15 @@ class Scores:
         return float(pooled(self.confusion, self.sums.sum(0))["mean_iou"])
 
     @property
+    def calibration_error(self) -> float:
+        """Expected calibration error of the logits' softmax: |confidence - accuracy| by bin, weighted by its pixels.
+
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; NaN without pixels.
+        """
+        _, confidence, right = self.reliability.sum(0).T
+        return float(_ratio(np.abs(confidence - right).sum(), self.reliability[..., 0].sum()))
+
+    @property
     def tumour_stroma_ratio_error(self) -> float:
         """Mean over images of |predicted - true| cancer / (cancer + stroma); NaN without such classes or images."""
         names = self.palette.names
@@ -112,6 +134,7 @@ class Scores:
                 key: {name: _number(v) for name, v in zip(self.palette.names, values, strict=True)}
                 for key, values in classes.items()
             },
+            "calibration_error": _number(self.calibration_error),
             "tumour_stroma_ratio_error": _number(self.tumour_stroma_ratio_error),
             "ci95": self._intervals(),
             "per_image": {key: _number(_mean(values)) for key, values in each.items()},
@@ -130,6 +153,13 @@ class Scores:
             resampled = pooled(confusions, draws @ self.sums)
         known = {key: values[np.isfinite(values)] for key, values in resampled.items()}
         return {key: [_number(v) for v in np.quantile(values, tails)] for key, values in known.items() if values.size}
+
+
+def _confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 (classes, classes), rows true, columns predicted, of uint8 (H, W) ids; pixels without a label left out."""
+    known = labels < classes
+    cells = labels[known].astype(np.int64) * classes + predicted[known]
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def pooled(confusion: np.ndarray, sums: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ MAX_ENCODED_BYTES = 2**30
 """Largest PNG or JPEG file; these formats have to be held and decoded whole."""
 
 
-
 class Content:
     """One opened input file.
 

@@ -54,25 +54,25 @@ _HEADS = {
     ),
 }
 
-ARCHITECTURES = tuple(_FEATURES)
-"""Names for `--arch`: the paper's experiments one to three and its final network."""
+PAPER_ARCHITECTURES = tuple(_FEATURES)
+"""The paper's experiments one to three and its final network."""
+ARCHITECTURES = (*PAPER_ARCHITECTURES, "fast")
+"""Names for `--arch`: the paper's networks, and one of our own (`models.fast`)."""
 
 
 def check_architecture(arch: str) -> None:
     """Raise UsageError, naming the known ones, if `arch` is not an architecture."""
-    if arch not in _FEATURES:
+    if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture {arch!r}", fix="choose one of " + ", ".join(ARCHITECTURES))
 
 
 def features(arch: str) -> tuple[Layer, ...]:
-    """The VGG16 layers that `arch` starts with, from the input up."""
-    check_architecture(arch)
+    """The VGG16 layers that `arch` (one of the paper's) starts with, from the input up."""
     return _FEATURES[arch]
 
 
 def head(arch: str, classes: int) -> tuple[Layer, ...]:
-    """The layers of `arch` above VGG16; the last has `classes` channels and no ReLU."""
-    check_architecture(arch)
+    """The layers of `arch` (one of the paper's) above VGG16; the last has `classes` channels and no ReLU."""
     return (*_HEADS[arch], Layer("conv", "logits", classes, 3))
 
 

@@ -15,15 +15,25 @@ from torch import nn
 from histoseg_fast.errors import PlanError, UsageError
 from histoseg_fast.models import architectures
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, Layer
+from histoseg_fast.models.fast import FastNetwork
 
 
-class SegmentationNetwork(nn.Module):
+def make_network(arch: str, classes: int = 3, dropout: float = 0.0) -> PaperNetwork | FastNetwork:
+    """The network `arch` with random weights. Raises UsageError if there is none of that name."""
+    architectures.check_architecture(arch)
+    return FastNetwork(classes, dropout) if arch == "fast" else PaperNetwork(arch, classes, dropout)
+
+
+class PaperNetwork(nn.Module):
     """A network of the paper: normalised RGB (N, 3, H, W) float to logits (N, classes, H, W).
 
     H and W must be multiples of `stride`. Tensor names are `features.conv1_1.weight`, `head.up2.bias`
     and so on; they are the names in checkpoints and in the plan's ONNX member. In training, `dropout` is the share
     of channels that the last convolution does not see.
     """
+
+    joined = ()
+    """Convolutions whose outputs are added to others before a ReLU: none."""
 
     def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0):
         super().__init__()
@@ -83,8 +93,10 @@ _TORCHVISION = {"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv2_2": 7, "conv3_1
 _NORMALISED = {"conv1_1": 2, "conv1_2": 5, "conv2_1": 9, "conv2_2": 12, "conv3_1": 16, "conv3_2": 19}
 
 
-def load_features(network: SegmentationNetwork, source: str) -> list[str]:
+def load_features(network: nn.Module, source: str) -> list[str]:
     """Load ImageNet weights into `network.features`, or a checkpoint into all of it; return the layers that were set.
+
+    A network without VGG16's layers starts from random weights for "imagenet" too.
 
     `source` is "imagenet" (torchvision's VGG16 file, downloaded once and checked against the hash in its
     name), "none", or a local file: torchvision's .pth (loaded without running pickled code), .safetensors
@@ -94,6 +106,8 @@ def load_features(network: SegmentationNetwork, source: str) -> list[str]:
     """
     if source == "none":
         return []
+    if source == "imagenet" and not hasattr(network, "features"):
+        return []
     tensors = _imagenet() if source == "imagenet" else _read_tensors(Path(source))
     if tensors.keys() == network.state_dict().keys():
         try:
@@ -101,6 +115,8 @@ def load_features(network: SegmentationNetwork, source: str) -> list[str]:
         except RuntimeError as error:
             raise PlanError("is a checkpoint of another architecture", where=source) from error
         return sorted({name.rpartition(".")[0] for name in tensors})
+    if not hasattr(network, "features"):
+        raise PlanError(f"is no checkpoint of the network {network.arch!r}", where=source)
     names = {n.removeprefix("features."): t for n, t in tensors.items()}
     normalised = "0.weight" in names and tuple(names["0.weight"].shape) == (3, 3, 1, 1)
     numbers = _NORMALISED if normalised else _TORCHVISION

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from histoseg_fast import _core
+from histoseg_fast.engines.base import Slot, Wants
 from histoseg_fast.errors import EngineError, HistosegError
 from histoseg_fast.images import ImageSource, MaskWriter, OverlayWriter, ProbabilityWriter
 from histoseg_fast.labels import Palette
+from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import TileGrid, reflect_indices
 
 OVERLAY_ALPHA = 90
@@ -30,6 +33,12 @@ class Outputs:
     palette: Palette
     overlay: bool = False
     probabilities: bool = False
+    postprocess: PostProcessing = NO_STEPS
+
+    @property
+    def wants(self) -> Wants:
+        """What the engine has to give for them."""
+        return Wants(self.probabilities, self.postprocess.crf is not None)
 
     def paths(self, stem: str) -> dict[str, str]:
         """Output files of an image, relative to the folder, by their key in the manifest."""
@@ -42,19 +51,39 @@ class Outputs:
 
 
 @dataclass
+class Pixels:
+    """Class ids uint8 (h, w) and, where they are needed, the image uint8 (h, w, 3) and logits float32 (C, h, w)."""
+
+    classes: np.ndarray
+    rgb: np.ndarray | None
+    logits: np.ndarray | None
+
+    def rows(self, first: int, last: int) -> Pixels:
+        """A view of the rows from `first` to before `last`."""
+        return Pixels(
+            self.classes[first:last],
+            None if self.rgb is None else self.rgb[first:last],
+            None if self.logits is None else self.logits[:, first:last],
+        )
+
+
+@dataclass
 class Band:
     """The cores of one row of tiles, filled tile by tile; then rows for the writers."""
 
     index: int
-    classes: np.ndarray
-    rgb: np.ndarray | None
+    pixels: Pixels
     probabilities: np.ndarray | None
     missing: int
 
 
 @dataclass
 class Job:
-    """An image whose tiles are in the pipeline."""
+    """An image whose tiles are in the pipeline.
+
+    With post-processing, which looks at the whole image, its bands are views of one array that is kept until the last
+    is there; an image that is too large for that goes without, which `warnings` say.
+    """
 
     source: Source
     image: ImageSource
@@ -68,10 +97,22 @@ class Job:
         classes = len(self.outputs.palette.names)
         self.counts = np.zeros(classes, np.uint64)
         self.confidence = np.zeros(classes, np.uint64)
+        wanted, pixels = self.outputs.postprocess, self.grid.height * self.grid.width
+        self._too_large = wanted != NO_STEPS and pixels > wanted.max_pixels
+        self._steps = NO_STEPS if self._too_large else wanted
+        self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
         self._writers: dict[str, MaskWriter | OverlayWriter | ProbabilityWriter] = {}
         self._above: np.ndarray | None = None
         self._lock = threading.Lock()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the results should know, one clause each."""
+        if not self._too_large:
+            return self.image.warnings
+        pixels, most = self.grid.height * self.grid.width, self.outputs.postprocess.max_pixels
+        return [*self.image.warnings, f"not post-processed: its {pixels} pixels are over the limit of {most}"]
 
     def fail(self, error: HistosegError) -> bool:
         """Record the first error of this image; whether this was it."""
@@ -95,50 +136,83 @@ class Job:
         if row == len(self.grid.rows) - 1:
             self.image.close()
 
-    def stitch(self, row: int, column: int, tile: np.ndarray, logits: np.ndarray) -> Band | None:
-        """Crop and paste one tile (RGB uint8 (h, w, 3), logits float32 (C, h, w)); the band, once it is whole."""
-        rows, columns = self.grid.rows[row], self.grid.columns[column]
+    def stitch(self, tile: Tile, slot: Slot, index: int) -> Band | None:
+        """Crop and paste `tile`, which is done at place `index` of `slot`; the band, once it is whole."""
+        row, core, columns = tile.row, tile.core, self.grid.columns[tile.column]
         band = self._bands.get(row) or self._new_band(row)
-        top, left = rows.core - rows.outer, columns.core - columns.outer
-        core = (top, left, rows.core_end - rows.outer, columns.core_end - columns.outer)
         target = slice(columns.core, columns.core_end)
+        pixels = band.pixels
         probabilities = None if band.probabilities is None else band.probabilities[:, :, target]
-        broken = _core.stitch(logits, core, band.classes[:, target], self.counts, self.confidence, probabilities)
+        broken = slot.stitch(index, core, pixels.classes[:, target], self.counts, self.confidence, probabilities)
         if broken:
             raise EngineError(
                 f"the network gave NaN or infinite logits at {broken} pixel(s)",
                 where=self.source.name,
                 fix="use --precision fp32",
             )
-        if band.rgb is not None:
-            band.rgb[:, target] = tile[core[0] : core[2], core[1] : core[3]]
+        if pixels.rgb is not None:
+            pixels.rgb[:, target] = slot.input[index, core[0] : core[2], core[1] : core[3]]
+        if pixels.logits is not None:
+            assert slot.logits is not None
+            pixels.logits[:, :, target] = slot.logits[index, :, core[0] : core[2], core[1] : core[3]]
         band.missing -= 1
         return self._bands.pop(row, None) if band.missing == 0 else None  # None too if it was abandoned meanwhile
 
     def _new_band(self, row: int) -> Band:
         rows, width = self.grid.rows[row], self.grid.width
-        height, classes = rows.core_end - rows.core, len(self.counts)
-        self._bands[row] = Band(
-            row,
-            np.empty((height, width), np.uint8),
-            np.empty((height, width, 3), np.uint8) if self.outputs.overlay else None,
-            np.empty((classes, height, width), np.uint8) if self.outputs.probabilities else None,
-            len(self.grid.columns),
-        )
+        height = rows.core_end - rows.core
+        if self._steps == NO_STEPS:
+            pixels = self._allocate(height)
+        else:
+            whole = self._whole = self._whole or self._allocate(self.grid.height)
+            pixels = whole.rows(rows.core, rows.core_end)
+        probabilities = np.empty((len(self.counts), height, width), np.uint8) if self.outputs.probabilities else None
+        self._bands[row] = Band(row, pixels, probabilities, len(self.grid.columns))
         return self._bands[row]
 
+    def _allocate(self, height: int) -> Pixels:
+        width, crf = self.grid.width, self._steps.crf is not None
+        return Pixels(
+            np.empty((height, width), np.uint8),
+            np.empty((height, width, 3), np.uint8) if self.outputs.overlay or crf else None,
+            np.empty((len(self.counts), height, width), np.float32) if crf else None,
+        )
+
     def write(self, band: Band) -> bool:
-        """Write one band, in order of rows; whether it was the last. Raises ImageError (disk full, no permission)."""
+        """Write one band, in order of rows; whether it was the last. Raises ImageError (disk full, no permission).
+
+        With post-processing, mask and overlay are written with the last band.
+        """
+        last = band.index == len(self.grid.rows) - 1
         if not self._writers:
             self._open_writers()
-        self._writers["mask"].write_rows(band.classes)
-        if band.rgb is not None:
-            _core.tint(band.rgb, band.classes, self._above, self.outputs.palette.array, OVERLAY_ALPHA, band.rgb)
-            self._above = band.classes[-1].copy()
-            self._writers["overlay"].write_rows(band.rgb)
         if band.probabilities is not None:
             self._writers["probabilities"].write_rows(band.probabilities)
-        return band.index == len(self.grid.rows) - 1
+        if self._whole is None:
+            self._write_pixels(band.pixels)
+        elif last:
+            self._write_pixels(self._post_process(self._whole))
+            self._whole = None
+        return last
+
+    def _post_process(self, whole: Pixels) -> Pixels:
+        """The whole image after the steps; `counts` become those of the new classes."""
+        if whole.logits is None:
+            classes = self._steps.clean(whole.classes, len(self.counts))
+        else:
+            assert whole.rgb is not None
+            classes = self._steps.apply(whole.rgb, whole.logits).ids
+        self.counts = np.array([np.count_nonzero(classes == i) for i in range(len(self.counts))], np.uint64)
+        return replace(whole, classes=classes)
+
+    def _write_pixels(self, pixels: Pixels) -> None:
+        self._writers["mask"].write_rows(pixels.classes)
+        if self.outputs.overlay:
+            rgb = pixels.rgb
+            assert rgb is not None
+            _core.tint(rgb, pixels.classes, self._above, self.outputs.palette.array, OVERLAY_ALPHA, rgb)
+            self._above = pixels.classes[-1].copy()
+            self._writers["overlay"].write_rows(rgb)
 
     def _open_writers(self) -> None:
         height, width, palette = self.grid.height, self.grid.width, self.outputs.palette
@@ -171,3 +245,4 @@ class Job:
             writer.abort()
         self._writers.clear()
         self._bands.clear()
+        self._whole = None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from histoseg_fast.engines.base import Engine, Slot
+from histoseg_fast.engines.base import CLASSES, Engine, Slot, Wants
+from histoseg_fast.tiling import Core
 
 if TYPE_CHECKING:
     from histoseg_fast.pipeline.job import Job
@@ -23,11 +24,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile (row, column) of the grid of `job`."""
+    """Tile (row, column) of the grid of `job`, and the part of it that is kept."""
 
     job: Job
     row: int
     column: int
+    core: Core
 
 
 @dataclass
@@ -51,9 +53,11 @@ class Ring:
     takes another, so a waiting thread never holds up a batch.
     """
 
-    def __init__(self, engine: Engine, depth: int, batch: int):
+    def __init__(self, engine: Engine, depth: int, batch: int, wants: Wants = CLASSES):
         self.engine, self.batch = engine, batch
         self._free: deque[Slot] = deque(engine.slots(depth))
+        for slot in self._free:
+            slot.wants = wants
         self._closed: deque[Batch] = deque()
         self._submitted: deque[Batch] = deque()
         self._open: Batch | None = None
@@ -86,6 +90,8 @@ class Ring:
         """Say that place `index` holds `tile` now (None: nothing of use); full closed batches are submitted."""
         with self._changed:
             batch.tiles[index] = tile
+            if tile is not None:
+                batch.slot.cores[index] = tile.core
             batch.filled += 1
             self._submit_filled()
 
@@ -98,7 +104,7 @@ class Ring:
     def _submit_filled(self) -> None:
         while self._closed and self._closed[0].filled == len(self._closed[0].tiles) and not self._stopped:
             batch = self._closed.popleft()
-            batch.slot.input = batch.slot.input[: len(batch.tiles)]
+            batch.slot.shorten(len(batch.tiles))
             batch.submitted = time.perf_counter()
             self.engine.submit(batch.slot)
             self._submitted.append(batch)

@@ -23,29 +23,39 @@ from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
 
+CPU_STREAMS = 2
+"""Batches that the CPU's cores work on side by side where there are several images: less waiting for one another."""
 MAX_READERS = 4
+MAX_GPU_READERS = 16
+"""A GPU takes images faster than a few threads decode them, and leaves the CPU to them."""
 
 
 @dataclass(frozen=True)
 class InferOptions:
-    """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). threads: CPU threads (0: all)."""
+    """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
+    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it.
+    """
 
     device: str = "auto"
     precision: str = "auto"
     tile: int = 0
-    batch: int = 1
+    batch: int = 0
     threads: int = 0
     overlay: bool = False
     probabilities: bool = False
+    postprocess: str = "plan"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What `infer` calls while it runs: `start` once, `image` as each is over, `poll` ten times a second."""
+    """What `infer` calls while it runs: `start` once, `image` as each is over, `poll` ten times a second, `report` with
+    a line for a person, from any thread, before `start` too.
+    """
 
     start: Callable[[Engine, int, Stream], None] = lambda engine, images, stream: None
     image: Callable[[dict[str, Any]], None] = lambda entry: None
     poll: Callable[[], None] = lambda: None
+    report: Callable[[str], None] = lambda line: None
 
 
 def infer(
@@ -59,15 +69,17 @@ def infer(
     progress = progress or Progress()
     started = time.perf_counter()
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
+    steps = plan.choose_postprocess(options.postprocess)
+    outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with open_engine(plan, device=options.device, precision=options.precision, threads=options.threads) as engine:
+    with _open_engine(plan, len(sources), options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
-                stream = _stream(engine, plan, sources, out, manifest, options, progress)
+                stream = _stream(engine, plan, sources, outputs, manifest, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
                     totals = stream.run(progress.poll)
@@ -87,29 +99,49 @@ def infer(
     return totals, record
 
 
+def _open_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
+    return open_engine(
+        plan,
+        device=options.device,
+        precision=options.precision,
+        threads=options.threads,
+        streams=min(CPU_STREAMS, images, options.threads or available_cores()),
+        tile=options.tile,
+        batch=options.batch,
+        report=report,
+    )
+
+
 def _stream(
     engine: Engine,
     plan: Plan,
     sources: Sequence[Source],
-    out: Path,
+    outputs: Outputs,
     manifest: Manifest,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
-    wanted = {"overlay": options.overlay, "probabilities": options.probabilities}
-    readers = max(1, min(MAX_READERS, (options.threads or available_cores()) // 2))
+    decisive = {
+        "overlay": outputs.overlay,
+        "probabilities": outputs.probabilities,
+        "postprocess": outputs.postprocess.as_json(),
+        "device": engine.device.partition(":")[0],
+        "precision": engine.precision,
+    }
+    most = MAX_READERS if engine.device == "cpu" else MAX_GPU_READERS
+    readers = max(1, min(most, (options.threads or available_cores()) // 2))
     return Stream(
         engine,
         sources,
-        Outputs(out, plan.palette, **wanted),
+        outputs,
         manifest,
         stride=plan.stride,
         halo=plan.halo,
         tile=options.tile or plan.tile,
-        batch=options.batch,
+        batch=options.batch or engine.batch,
         readers=readers,
         writers=readers,
-        key=run_key(plan.sha256, wanted | {"device": engine.device, "precision": engine.precision}),
+        key=run_key(plan.sha256, decisive),
         on_image=progress.image,
     )
 
@@ -124,6 +156,8 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "engine": engine.name,
         "precision": engine.precision,
         "tile": stream.tile,
+        "batch": stream.batch,
+        "postprocess": stream.outputs.postprocess.as_json(),
         "images_found": found,
         "images_done": totals.done,
         "images_failed": totals.failed,

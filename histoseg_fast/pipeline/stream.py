@@ -21,15 +21,13 @@ import numpy as np
 
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
-from histoseg_fast.images import ImageSource, open_image
+from histoseg_fast.images import open_image
 from histoseg_fast.pipeline.job import Band, Job, Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.tiling import TileGrid
 
-RING_DEPTH = 3
-"""Batch slots: one filling, one in the engine, one being stitched."""
 QUEUED_BANDS = 2
 """Bands that may wait for a writer."""
 BIG_IMAGE_PIXELS = 1 << 24
@@ -80,10 +78,11 @@ class Stream:
         on_image: Callable[[dict[str, Any]], None] = lambda entry: None,
     ):
         self.engine, self.outputs, self.manifest = engine, outputs, manifest
-        self.stride, self.halo, self.tile, self.key, self.on_image = stride, halo, tile, key, on_image
+        self.stride, self.halo, self.tile, self.batch = stride, halo, tile, batch
+        self.key, self.on_image = key, on_image
         self.totals = Totals()
         self.fatal: BaseException | None = None
-        self._ring = Ring(engine, RING_DEPTH, batch)
+        self._ring = Ring(engine, engine.depth, batch, outputs.wants)
         self._sources: Iterator[tuple[int, Source]] = iter(enumerate(sources))
         self._queues: list[queue.Queue[tuple[Job, Band | None] | None]] = [
             queue.Queue(QUEUED_BANDS) for _ in range(writers)
@@ -208,7 +207,7 @@ class Stream:
                 try:
                     with _Timer(job, "read"):
                         job.fill_band(row, place)
-                    tile = Tile(job, row, 0)
+                    tile = Tile(job, row, 0, grid.core(row, 0))
                 finally:
                     self._ring.fill(batch, index, tile)
             return
@@ -221,7 +220,7 @@ class Stream:
                     return
                 batch, index, place = self._ring.take((height, width))
                 place[...] = band[:, span.outer : span.outer_end]
-                self._ring.fill(batch, index, Tile(job, row, column))
+                self._ring.fill(batch, index, Tile(job, row, column, grid.core(row, column)))
 
     def _given_up(self, job: Job) -> bool:
         """Whether to read no further: the image has failed, or the run is stopping and this image has far to go."""
@@ -234,7 +233,7 @@ class Stream:
     def _stitch_batches(self) -> None:
         free_since = 0.0
         while (batch := self._ring.next()) is not None:
-            logits = self.engine.wait(batch.slot)
+            self.engine.wait(batch.slot)
             now = time.perf_counter()
             share = (now - max(batch.submitted, free_since)) / len(batch.tiles)
             free_since = now
@@ -245,13 +244,13 @@ class Stream:
                 tile.job.seconds["engine"] += share
                 try:
                     with _Timer(tile.job, "stitch"):
-                        band = tile.job.stitch(tile.row, tile.column, batch.slot.input[i], logits[i])
+                        band = tile.job.stitch(tile, batch.slot, i)
                 except EngineError as error:
                     self._fail(tile.job, error)
                     continue
                 if band is not None:
                     bands.append((tile.job, band))
-                    self.totals.segmented += band.classes.size
+                    self.totals.segmented += band.pixels.classes.size
             self._ring.release(batch)
             for job, band in bands:
                 self._put(self._queue(job), (job, band))
@@ -288,7 +287,7 @@ class Stream:
 
     def _write_band(self, job: Job, band: Band | None) -> bool:
         """Write a band, or settle an image that failed (None); whether the image is over."""
-        entry = self._entry(job.source, job.image)
+        entry = self._entry(job.source, job)
         try:
             if band is None:
                 assert job.error is not None
@@ -310,10 +309,10 @@ class Stream:
         self._report(entry | {"status": "done", "error": None}, job)
         return True
 
-    def _entry(self, source: Source, image: ImageSource | None = None) -> dict[str, Any]:
-        """What every manifest line says; `image` where it could be opened."""
+    def _entry(self, source: Source, job: Job | None = None) -> dict[str, Any]:
+        """What every manifest line says; `job` where the image could be opened."""
         engine = {"engine": self.engine.name, "device": self.engine.device, "precision": self.engine.precision}
-        known = {} if image is None else {"sha256": image.sha256, "key": self.key, "warnings": image.warnings}
+        known = {} if job is None else {"sha256": job.image.sha256, "key": self.key, "warnings": job.warnings}
         return {"input": source.name, **known, **engine}
 
     def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:

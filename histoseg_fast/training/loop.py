@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from histoseg_fast.compiling.compile import load_network
 from histoseg_fast.data import Pair, check_pairs, find_pairs, load_pair
 from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.network import SegmentationNetwork, UInt8Network, load_features
+from histoseg_fast.models.network import UInt8Network, load_features, make_network
 from histoseg_fast.tiling import pad_to_stride
 from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from histoseg_fast.training.crops import CropDataset
@@ -28,6 +29,8 @@ from histoseg_fast.training.parallel import Processes
 from histoseg_fast.training.progress import draw
 
 MAX_WORKERS = 8
+MAX_NAMED_LAYERS = 8
+"""A report names the layers that were loaded up to so many; a whole checkpoint has more."""
 BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.jsonl"
 
 
@@ -87,10 +90,11 @@ class _Run:
     ):
         self.out, self.options, self.report, self.processes = out, options, report, processes
         torch.manual_seed(options.seed)
-        self.network = SegmentationNetwork(options.arch, len(options.palette.names), options.dropout)
+        self.network = make_network(options.arch, len(options.palette.names), options.dropout)
         options.check(self.network.stride)
         self.device = processes.device
         self.dtype, self.loss = options.autocast_dtype(self.device), options.make_loss()
+        self.teacher = self._load_teacher() if options.teacher else None
         train_pairs, self.val = find_splits(root, options)
         self.data = CropDataset(
             train_pairs, options.crop, options.augmentation, options.seed, options.palette, options.tolerance
@@ -104,7 +108,8 @@ class _Run:
             self._resume()
         else:
             layers = load_features(self.network, options.weights)
-            self.report(f"weights of {', '.join(layers)} from {options.weights}" if layers else "weights: random")
+            what = ", ".join(layers) if len(layers) <= MAX_NAMED_LAYERS else f"{len(layers)} layers"
+            self.report(f"weights of {what} from {options.weights}" if layers else "weights: random")
             self._prepare()
             if processes.first:
                 write_whole(out / HISTORY, b"")  # a folder that cannot be written is told before the first epoch
@@ -117,10 +122,19 @@ class _Run:
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr, weight_decay=self.options.l2)
         self.average = {n: p.detach().clone() for n, p in self.network.state_dict().items()}
 
+    def _load_teacher(self) -> UInt8Network:
+        network, description = load_network(self.options.teacher)
+        if description["classes"] != list(self.options.palette.names):
+            raise PlanError("has other classes than the training", where=self.options.teacher)
+        if self.options.crop % network.stride:
+            raise UsageError(f"--crop {self.options.crop} is no multiple of the teacher's stride {network.stride}")
+        return UInt8Network(network).eval().to(self.device, memory_format=torch.channels_last)
+
     def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The forward pass, compiled where that works here; one line says which."""
         if self.options.compile == "off":
             return self.model
+        statistics = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         try:
             compiled = torch.compile(self.model)
             batch, side = -(-self.options.batch // self.processes.count), self.options.crop
@@ -132,8 +146,9 @@ class _Run:
                 raise EngineError(f"torch.compile does not work here ({reason})", fix="--no-compile") from error
             self.report(f"torch.compile does not work here ({reason}); going on without")
             return self.model
-        finally:
+        finally:  # the trial leaves no trace
             self.optimiser.zero_grad(set_to_none=True)
+            self.network.load_state_dict(statistics, strict=False)
         self.report("torch.compile: on")
         return compiled
 
@@ -208,23 +223,31 @@ class _Run:
         if share:
             with self._autocast():
                 logits = self.step_function(rgb)
-            loss = self.loss(logits, ids) * share
+                teacher = self._teach(rgb)
+            loss = self.loss(logits, ids, teacher) * share
             loss.backward()
             value = loss.item()
         self.processes.sum_gradients(self.network.parameters())
         if self.options.clip:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         self.optimiser.step()
+        self.processes.mean_buffers(self.network)
         self._update_average()
         return float(self.processes.sum(np.array(value)))
+
+    def _teach(self, rgb: torch.Tensor) -> torch.Tensor | None:
+        """The teacher's logits, where there is one."""
+        with torch.no_grad():
+            return None if self.teacher is None else self.teacher(rgb)
 
     def _update_average(self) -> None:
         """Moving average of the weights; its memory grows from nothing, so that it never holds on to the start."""
         self.steps += 1
         keep = min(self.options.average, self.steps / (self.steps + 10))
         state = self.network.state_dict()
+        real = [name for name, tensor in self.average.items() if tensor.is_floating_point()]
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(state.values()), 1 - keep)
+            torch._foreach_lerp_([self.average[n] for n in real], [state[n] for n in real], 1 - keep)
 
     def validate(self) -> dict[str, Any]:
         """Scores of the averaged weights on the whole validation images, in the precision of the training."""

@@ -1,7 +1,7 @@
 """The losses, alone or as a weighted sum: p is softmax(logits), y the label, mean over labelled pixels.
 
-Every term takes logits float (N, C, H, W) and ids int64 (N, H, W), 255 where a pixel has no label, and gives a
-scalar tensor that is 0 where nothing is labelled.
+Every term but distillation takes logits float (N, C, H, W) and ids int64 (N, H, W), 255 where a pixel has no label,
+and gives a scalar tensor that is 0 where nothing is labelled.
 """
 
 from __future__ import annotations
@@ -85,12 +85,22 @@ def dice(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return 1 - ((2 * hit + DICE_SMOOTHING) / (size + DICE_SMOOTHING)).mean()
 
 
+def distillation(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean over all pixels, labelled or not, of KL(softmax(teacher) || p) (Hinton et al., 2015, at temperature 1).
+
+    teacher : the logits of another network for the same pixels, float (N, C, H, W).
+    """
+    divergence = F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
+    return divergence.sum(1).mean()
+
+
 TERMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "ce": cross_entropy,
     "l1": l1,
     "l2": l2,
     "smooth": smoothness,
     "dice": dice,
+    "distil": distillation,
 }
 """Names of the terms on the command line."""
 
@@ -104,13 +114,16 @@ class Loss:
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
 
-    def __call__(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of a batch; `teacher` holds the teacher's logits where there is a term "distil"."""
         total = logits.new_zeros(())
         for name, weight in self.weights.items():
             if name == "ce":
                 term = cross_entropy(logits, ids, self.class_weights, self.label_smoothing)
             elif name in ("l1", "l2"):
                 term = TERMS[name](logits, ids, self.palette)
+            elif name == "distil":
+                term = distillation(logits, teacher)
             else:
                 term = TERMS[name](logits, ids)
             total = total + weight * term

@@ -28,6 +28,7 @@ class TrainingOptions:
     patience : stop after this many epochs without a better validation cross entropy (0: never).
     clip : the gradient's norm is scaled down to this (0: never).
     extra : more data folders whose train splits are trained on, each with the scale its images are resized by.
+    teacher : checkpoint of the network whose logits the loss term "distil" compares with ("": none).
     palette : classes and the colours they have in label images.
     precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
     compile : torch.compile the network; "auto" tries and says so when it does not work.
@@ -50,6 +51,7 @@ class TrainingOptions:
     patience: int = 0
     clip: float = 0.0
     extra: tuple[tuple[str, float], ...] = ()
+    teacher: str = ""
     palette: Palette = PAPER_PALETTE
     precision: str = "auto"
     compile: str = "auto"
@@ -58,8 +60,11 @@ class TrainingOptions:
 
     def check(self, stride: int) -> None:
         """Raise UsageError for values that make no sense, before any work; `stride` is the network's."""
-        if self.crop % stride:
-            raise UsageError(f"--crop {self.crop} is no multiple of the network's stride {stride}")
+        if self.crop % stride or self.crop < 2 * stride:
+            raise UsageError(f"--crop {self.crop} is no multiple (2 or more) of the network's stride {stride}")
+        if bool(self.teacher) != ("distil" in self.loss):
+            fix = "give both, e.g. --teacher FILE --loss ce=0.5,distil=0.5"
+            raise UsageError("--teacher and the loss term distil need each other", fix=fix)
         if self.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {self.precision!r}", fix="choose auto, fp32 or bf16")
         if self.class_weights and len(self.class_weights) != len(self.palette.names):
@@ -68,7 +73,7 @@ class TrainingOptions:
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values for checkpoints and plans; of files and folders only the names."""
         values = json.loads(json.dumps(asdict(self)))
-        values["weights"] = Path(self.weights).name
+        values["weights"], values["teacher"] = Path(self.weights).name, Path(self.teacher).name
         values["extra"] = [[Path(folder).name, scale] for folder, scale in self.extra]
         return values
 

@@ -49,6 +49,13 @@ class Processes:
         for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
             parameter.grad = torch.empty_like(grad).copy_(part.view_as(grad))  # in the layout it had
 
+    def mean_buffers(self, module: torch.nn.Module) -> None:
+        """Make the floating-point buffers of `module` (running statistics) the mean over all processes."""
+        for buffer in module.buffers() if self.count > 1 else ():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.count
+
     def sum(self, values: np.ndarray) -> np.ndarray:
         """`values` (any shape, int64 or float64) added up over all processes."""
         if self.count == 1:

@@ -10,16 +10,20 @@ import sys
 
 import numpy as np
 import pytest
+from data_folders import easy_folder
 from PIL import Image
 from random_networks import checkpoint, noise
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, jaccard_score, log_loss
 
-from histoseg_fast import cli, plans
+from histoseg_fast import cli, plans, postprocess
 from histoseg_fast.cli import doctor
+from histoseg_fast.compiling import calibrate
 from histoseg_fast.engines import open_engine, run_tiled
 from histoseg_fast.evaluation.evaluate import evaluate
 from histoseg_fast.labels import encode
-from histoseg_fast.plan import MODEL, pack, write_plan
+from histoseg_fast.machine import cpu_precisions
+from histoseg_fast.plan import MODEL, pack, read_plan, write_plan
+from histoseg_fast.postprocess import NO_STEPS, CrfOptions, PostProcessing
 
 
 @pytest.fixture
@@ -126,7 +130,7 @@ def test_inspect(run, tmp_path, tiny_plan):
     code, out, err = run("inspect", path)
     assert (code, err) == (0, "")
     for text in (str(path), "stride 2, halo 8, tile 128", "1 cancer (255, 0, 0)", "bf16 (99.88% of pixels as fp32)",
-                 "model.onnx 0.0 MiB", "maker 1.2",
+                 "model.onnx 0.0 MiB", "maker 1.2", "postprocess    none\n",
                  "cross entropy 0.5000, accuracy 0.7500, mIoU 0.6250, images 3"):  # fmt: skip
         assert text in out
 
@@ -162,9 +166,10 @@ def test_inspect_refuses(fails, tmp_path, tiny_plan_path):
 
 @pytest.fixture
 def shipped(monkeypatch, tmp_path_factory, tiny_plan):
-    """The tiny plan in the place of the shipped one."""
+    """The tiny plan in the place of the shipped ones."""
     folder = tmp_path_factory.mktemp("shipped")
-    rewritten(tiny_plan, folder / "final.plan")
+    for name in plans.SHIPPED:
+        rewritten(tiny_plan, folder / f"{name}.plan")
     monkeypatch.setattr(plans, "FOLDER", folder)
     return folder
 
@@ -172,12 +177,24 @@ def shipped(monkeypatch, tmp_path_factory, tiny_plan):
 def test_doctor(run, shipped):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
-    for name in ("CPU", "C++ core", "OpenVINO", "shipped plans", "NVIDIA GPU", "TensorRT", "extra [train]"):
+    names = ("CPU", "C++ core", "OpenVINO", "shipped plans", "NVIDIA GPU", "TensorRT", "--device auto", "extra [train]")
+    for name in names:
         assert any(line.startswith(("yes ", "no  ")) and name in line for line in out.splitlines())
     findings = json.loads(run("doctor", "--json")[1])
     assert all(set(finding) == {"what", "ok", "detail", "fix"} for finding in findings)
     assert all(finding["ok"] or finding["fix"] for finding in findings)  # a fix for each lack
     assert next(f for f in findings if f["what"] == "shipped plans")["detail"].startswith("tiny (runs ")
+
+
+def test_doctor_says_what_auto_comes_to(run, shipped, gpus, monkeypatch):
+    def found():
+        return next(f for f in json.loads(run("doctor", "--json")[1]) if f["what"] == "--device auto")
+
+    assert "the CPU" in found()["detail"]
+    gpus.start()
+    assert found()["detail"] == "the first GPU, by tensorrt"
+    monkeypatch.setenv("HISTOSEG_GPU_ENGINE", "jax")
+    assert not found()["ok"] and "choose one of" in found()["fix"]
 
 
 def test_doctor_names_a_damaged_plan(run, shipped):
@@ -206,13 +223,16 @@ def test_doctor_names_what_an_extra_lacks(run, shipped, monkeypatch):
 # -- eval ------------------------------------------------------------------------------------------
 
 
-def expected_scores(plan, ids, numbers):
+def expected_scores(plan, ids, numbers, steps=NO_STEPS):
     """What scikit-learn says of the same pixels."""
+    images = [noise(*ids[i].shape, i) for i in numbers]
     with open_engine(plan, precision="fp32") as engine:
-        logits = [run_tiled(engine, plan, noise(*ids[i].shape, i)).reshape(3, -1).T.astype(float) for i in numbers]
-    logits, truth = np.concatenate(logits), np.concatenate([ids[i].ravel() for i in numbers])
+        scores = [run_tiled(engine, plan, image) for image in images]
+    guess = np.concatenate([steps.apply(*pair).ids.ravel() for pair in zip(images, scores, strict=True)])
+    logits = np.concatenate([s.reshape(3, -1).T.astype(float) for s in scores])
+    truth = np.concatenate([ids[i].ravel() for i in numbers])
     chances = np.exp(logits - logits.max(1, keepdims=True))
-    chances, guess = chances / chances.sum(1, keepdims=True), logits.argmax(1)
+    chances = chances / chances.sum(1, keepdims=True)
     return {
         "cross_entropy": log_loss(truth, chances, labels=[0, 1, 2]),
         "pixel_accuracy": accuracy_score(truth, guess),
@@ -238,6 +258,7 @@ def test_eval(run, data, tmp_path, tiny_plan, tiny_plan_path):
     assert (code, err) == (0, "")
     expected = expected_scores(tiny_plan, ids, [0, 1])
     check_scores(found, expected)
+    assert f"expected calibration error {found['calibration_error']:.4f}\n" in out and found["calibration_error"] > 0
     assert (found["images"], found["pixels"]) == (2, 40 * 51 + 150 * 33)
     assert (found["engine"][:8], found["precision"], found["device"]) == ("OpenVINO", "fp32", "cpu")
     assert (found["split"], found["plan_sha256"]) == ("test", tiny_plan.sha256)
@@ -258,6 +279,38 @@ def test_eval_of_every_image_and_of_a_checkpoint(run, data, tmp_path, tiny_plan,
     assert json.loads(out)["plan"] == "three" and json.loads(out)["pixels"] == 81
 
 
+@pytest.mark.parametrize(
+    "spec", ["majority_radius=1,min_island=9", "crf,crf.smooth_weight=0.5,crf.appearance_weight=1"]
+)
+def test_eval_counts_the_classes_after_the_steps(run, data, tmp_path, tiny_plan, tiny_plan_path, spec):
+    """Losses stay those of the logits: `expected_scores` takes its cross entropy from them."""
+    folder, ids = data
+    steps = PostProcessing.parse(spec)
+    expected = expected_scores(tiny_plan, ids, [0, 1, 2], steps)
+    recorded = rewritten(tiny_plan, tmp_path / "steps.plan", postprocess=steps.as_json())
+    runs = {"none": (recorded, "none"), "plan": (recorded, "plan"), "option": (tiny_plan_path, spec)}
+    found, shown = {}, {}
+    for name, (plan, option) in runs.items():
+        target = tmp_path / f"{name}.json"
+        arguments = ("--engine", plan, "--precision", "fp32", "--postprocess", option)
+        code, shown[name], err = run("eval", folder, *arguments, "--json", target)
+        assert (code, err) == (0, "")
+        found[name] = json.loads(target.read_text())
+    for name in ("plan", "option"):
+        check_scores(found[name], expected)
+        assert found[name]["postprocess"] == steps.as_json() and f"post-processing {steps}\n" in shown[name]
+        assert all(found[name][key] == found["none"][key] for key in ("cross_entropy", "l1", "l2", "calibration_error"))
+    check_scores(found["none"], expected_scores(tiny_plan, ids, [0, 1, 2]))
+    assert found["none"]["postprocess"] == NO_STEPS.as_json() and "post-processing none\n" in shown["none"]
+    assert found["none"]["confusion"] != found["plan"]["confusion"]
+
+
+def test_eval_names_an_image_too_large_for_the_crf(fails, data, monkeypatch, tiny_plan_path):
+    monkeypatch.setattr(postprocess, "MAX_CRF_PIXELS", 40 * 51)
+    arguments = ("--engine", tiny_plan_path, "--postprocess", "crf,crf.iterations=1")
+    fails("eval", data[0], *arguments, code=2, words=["1.png: the image has 4950 pixels", "leave the CRF out"])
+
+
 def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
     folder, _ = data
     engine = ("--engine", tiny_plan_path)
@@ -269,6 +322,7 @@ def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
     fails("eval", folder, "--engine", tmp_path / "bad.safetensors", words=["bad.safetensors"])
     fails("eval", folder, "--engine", tmp_path / "no.safetensors", words=["no such checkpoint"])
     fails("eval", folder, *engine, "--precision", "int4", code=2, words=["'int4'"])
+    fails("eval", folder, *engine, "--postprocess", "median=3", code=2, words=["'median=3' is no post-processing"])
     Image.fromarray(np.full((40, 51, 3), 77, np.uint8)).save(folder / "labels" / "0.png")
     fails("eval", folder, *engine, words=["0.png", "off the palette"])
     (folder / "labels" / "0.png").write_bytes(b"")
@@ -285,22 +339,65 @@ def test_eval_names_a_file_that_it_cannot_write(run, data, tmp_path, tiny_plan_p
 # -- compile ---------------------------------------------------------------------------------------
 
 
-def test_compile(run, data, tmp_path):
-    source = checkpoint(tmp_path / "c.safetensors", "two")
-    code, out, err = run("compile", source, "-o", tmp_path / "new" / "two.plan", "--calibrate", data[0] / "images")
-    assert (code, err) == (0, "") and "halo" in out and "two.plan" in out
-    assert "network" in run("inspect", tmp_path / "new" / "two.plan")[1]
+def test_compile(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "_speed", lambda engine, plan: 1.25)
+    source, made = checkpoint(tmp_path / "c.safetensors", "two"), tmp_path / "new" / "two.plan"
+    spec = "crf,crf.iterations=5,min_island=64"
+    arguments = ("--calibrate", data[0] / "images", "--postprocess", spec, "--gate-agreement", 0.25, "--gate-miou", 1)
+    code, out, err = run("compile", source, "-o", made, *arguments)
+    assert (code, err) == (0, "") and "two.plan" in out
+    lines = out.splitlines()
+    assert lines[0].startswith("network two: stride 2, halo ") and "temperature" not in out
+    for line, precision in zip(lines[1:], cpu_precisions(), strict=False):
+        assert line.startswith(f"{precision}: ") and line.endswith("% of pixels as fp32; 1.25 megapixels/s here")
+    for precision in cpu_precisions()[1:]:
+        assert f"{precision} passes the gate of 25.0% agreement, 1 points of mIoU\n" in out
+    shown = run("inspect", made)[1]
+    assert "network" in shown and f"postprocess    {spec}\n" in shown
+    assert f"here --precision auto runs {cpu_precisions()[-1]}" in shown
+    plan = read_plan(made)
+    assert plan.postprocess == PostProcessing(64, 0, CrfOptions(iterations=5))
+    assert plan.manifest["gate"] == {"agreement": 0.25, "mean_iou": 0.01} and plan.ranges is not None
 
 
-def test_compile_refuses(fails, tmp_path):
+def test_compile_of_a_data_folder(run, data, tmp_path, monkeypatch):
+    """Labels a little off the palette, as JPEG leaves them; what was measured stands in the plan."""
+    monkeypatch.setattr(calibrate, "_speed", lambda engine, plan: 1.25)
+    folder, ids = data
+    (folder / "split.csv").write_text("name,split\n0.png,val\n1.png,test\n2.png,train\n")
+    Image.fromarray(encode(ids[2]) // 2 * 2 + 1).save(folder / "labels" / "2.png")
+    source, made = checkpoint(tmp_path / "c.safetensors", "fast"), tmp_path / "fast.plan"
+    arguments = ("compile", source, "-o", made, "--calibrate", folder)
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "2.png" in err and "off the palette" in err
+    code, out, err = run(*arguments, "--tolerance", 2, "--precision", "fp32")
+    assert (code, err) == (0, "") and out.startswith("temperature ") and "mIoU" in out
+    scores = json.loads(run("eval", folder, "--engine", made, "--split", "val", "--json", "-")[1])
+    kept = read_plan(made).manifest["precisions"]["fp32"]
+    assert (scores["precision"], scores["plan"]) == ("fp32", "fast")
+    assert all(kept[key] == pytest.approx(scores[key], abs=1e-4) for key in ("mean_iou", "cross_entropy"))
+
+
+def test_compile_refuses(run, fails, tmp_path):
     (tmp_path / "bad.safetensors").write_text("hello")
     (tmp_path / "empty").mkdir()
     source, out = checkpoint(tmp_path / "c.safetensors", "two"), ("-o", tmp_path / "a.plan")
     fails("compile", tmp_path / "no.safetensors", *out, words=["no such checkpoint"])
     fails("compile", tmp_path / "bad.safetensors", *out, words=["bad.safetensors", "cannot be read"])
     fails("compile", source, *out, "--precision", "int4", code=2, words=["'int4'"])
+    fails("compile", source, *out, "--precision", "int8", code=2, words=["int8 takes its ranges", "--calibrate DIR"])
+    fails("compile", source, *out, "--postprocess", "plan", code=2, words=["'plan' is no post-processing"])
     fails("compile", source, *out, "--calibrate", tmp_path / "none", code=2, words=["no such file or folder"])
     fails("compile", source, *out, "--calibrate", tmp_path / "empty", code=2, words=["no image found"])
+    Image.fromarray(noise(5, 5)).save(tmp_path / "empty" / "one.png")
+    fails("compile", source, *out, "--calibrate", tmp_path / "empty", words=["empty: has one image", "two or more"])
+    (tmp_path / "empty" / "two.png").write_bytes(b"hello")
+    fails("compile", source, *out, "--calibrate", tmp_path / "empty", words=["two.png"])
+    folder = easy_folder(tmp_path / "data", val=0, side=8)
+    fails("compile", source, *out, "--calibrate", folder, words=["the val split is empty", "split.csv"])
+    for option in ("--gate-agreement", "--gate-miou"):
+        code, _, err = run("compile", source, *out, option, "-0.5")
+        assert code == 2 and option in err
     assert not (tmp_path / "a.plan").exists()
 
 
@@ -310,18 +407,18 @@ def test_compile_refuses(fails, tmp_path):
 def test_demo(run, shipped, tmp_path):
     code, out, _ = run("demo", "--images", 1, "--out", tmp_path / "demo")
     assert code == 0
-    assert "% of pixels right" in out and str(tmp_path / "demo" / "results" / "masks") in out
-    mask = np.asarray(Image.open(tmp_path / "demo" / "results" / "masks" / "field_0.png").convert("RGB"))
+    assert "% of pixels right" in out and str(tmp_path / "demo" / "fast" / "masks") in out
+    mask = np.asarray(Image.open(tmp_path / "demo" / "fast" / "masks" / "field_0.png").convert("RGB"))
     label = np.asarray(Image.open(tmp_path / "demo" / "labels" / "field_0.png").convert("RGB"))
     assert mask.shape == label.shape == (720, 1128, 3)
     assert f"{(mask == label).all(-1).mean():.1%} of pixels right" in out
-    assert (tmp_path / "demo" / "results" / "overlays").is_dir()
+    assert (tmp_path / "demo" / "fast" / "overlays").is_dir()
 
 
 def test_demo_on_a_folder_of_ones_own(run, fails, shipped, data, tmp_path):
     code, out, _ = run("demo", data[0] / "images", "--out", tmp_path / "demo")
     assert code == 0 and "pixels right" not in out and not (tmp_path / "demo" / "images").exists()
-    assert len(list((tmp_path / "demo" / "results" / "masks").iterdir())) == 3
+    assert len(list((tmp_path / "demo" / "fast" / "masks").iterdir())) == 3
     fails("demo", tmp_path / "nowhere", "--out", tmp_path / "demo", code=2, words=["no such file or folder"])
 
 

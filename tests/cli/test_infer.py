@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import subprocess
@@ -15,10 +16,12 @@ import pytest
 from running import PATIENCE, command, entries, make_pictures, picture, results
 from tiny_plans import tiny_manifest, tiny_model
 
+from histoseg_fast import postprocess
 from histoseg_fast.cli import main
 from histoseg_fast.images import read_image, write_png
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.plan import MODEL, read_plan, write_plan
+from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 
 Infer = Callable[..., int]
 
@@ -83,6 +86,10 @@ def test_a_second_run_does_only_what_must_be_done(infer: Infer, tmp_path: Path, 
     assert counts() == (0, 4) and results(out) == first
     os.utime(paths[0])
     assert counts("--tile", 64, "--threads", 1) == (0, 4)  # neither decides what the outputs are
+    assert counts("--postprocess", "min_island=9") == (4, 0)
+    assert counts("--postprocess", " min_island=9") == (0, 4)
+    assert counts("--postprocess", "none") == (4, 0)
+    assert counts() == (0, 4) and results(out) == first  # this plan records none
     assert counts("--overlay") == (4, 0)
     assert counts("--overlay") == (0, 4)
     (out / "overlays" / "image_001.jpg").write_bytes(b"")
@@ -97,8 +104,53 @@ def test_a_second_run_does_only_what_must_be_done(infer: Infer, tmp_path: Path, 
     assert "0 done, 0 failed, 4 skipped" in capsys.readouterr().out
 
 
+def test_post_processing_of_the_plan_and_of_the_option(infer: Infer, tmp_path: Path, capsys) -> None:
+    make_pictures(tmp_path / "in", 2)
+    plan, steps = tmp_path / "steps.plan", PostProcessing(min_island=40, majority_radius=1)
+    write_plan(plan, tiny_manifest(postprocess=steps.as_json()), {MODEL: tiny_model()})
+    runs = {
+        "plan": ((), {"engine": plan}, steps),
+        "option": (("--postprocess", steps), {}, steps),
+        "none": (("--postprocess", "none"), {"engine": plan}, NO_STEPS),
+        "bare": ((), {}, NO_STEPS),
+    }
+    found = {}
+    for name, (arguments, engine, used) in runs.items():
+        out = tmp_path / name
+        assert infer(tmp_path / "in", *arguments, out=out, **engine) == 0
+        found[name] = results(out)
+        assert json.loads((out / "run.json").read_text())["postprocess"] == used.as_json()
+        assert f"post-processing {used}\n" in capsys.readouterr().err
+    assert found["plan"] == found["option"] != found["none"] == found["bare"]
+    rows = list(csv.DictReader((tmp_path / "plan" / "summary.csv").read_text().splitlines()))
+    for row in rows:
+        mask = read_image(tmp_path / "plan" / "masks" / row["image"])
+        assert int(row["cancer_pixels"]) == (mask == (255, 0, 0)).all(-1).sum()
+        assert int(row["stroma_pixels"]) == (mask == (0, 255, 0)).all(-1).sum()
+    plain = csv.DictReader((tmp_path / "none" / "summary.csv").read_text().splitlines())
+    assert [row["mean_confidence"] for row in rows] == [row["mean_confidence"] for row in plain]
+
+
+def test_probabilities_stay_the_networks_own(infer: Infer, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "in", 1, 70, 90)
+    masks, probabilities = set(), set()
+    for i, steps in enumerate(("none", "majority_radius=1", "crf,crf.smooth_weight=0.5,crf.appearance_weight=1")):
+        out = tmp_path / str(i)
+        assert infer(tmp_path / "in", "--postprocess", steps, "--probabilities", "--tile", 40, out=out) == 0
+        masks.add((out / "masks" / "image_000.png").read_bytes())
+        probabilities.add((out / "probabilities" / "image_000.tif").read_bytes())
+    assert len(masks) == 3 and len(probabilities) == 1
+
+
+def test_an_image_too_large_for_the_steps_is_warned_of(infer: Infer, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(postprocess, "MAX_CRF_PIXELS", 1999)
+    make_pictures(tmp_path / "in", 1)
+    assert infer(tmp_path / "in", "--postprocess", "crf", out=tmp_path / "out") == 0
+    assert "image_000.png: not post-processed: its 2000 pixels are over the limit of 1999" in capsys.readouterr().err
+
+
 def test_names_of_any_kind_come_out_as_they_went_in(infer: Infer, tmp_path: Path, capsys) -> None:
-    raw = [b"sp ace", "\u00fcml\u00e4ut".encode(), b"it's \"q\", x", b"new\nline", b"bad\xff\xfe"]
+    raw = [b"sp ace", "\u00fcml\u00e4ut".encode(), b'it\'s "q", x', b"new\nline", b"bad\xff\xfe"]
     raw += ["deep/er/\U0001f52c".encode()]
     data, out = tmp_path / "d\u00e4ta \udcff", tmp_path / "\u00f6ut\n\udcfe"
     for i, name in enumerate(raw):
@@ -140,7 +192,9 @@ def test_the_input_folder_itself_may_take_the_results(infer: Infer, tmp_path: Pa
 @pytest.mark.parametrize("arguments", [("missing.png",), ("empty",), ("*.tif",), ("a.png", "--tile", "19"),
                                        ("a.png", "--no-such-option"), ("a.png", "--device", "tpu"), (),
                                        ("a.png", "--precision", "fp7"), ("a.png", "--batch", "0"),
-                                       ("a.png", "--tile", "many")])  # fmt: skip
+                                       ("a.png", "--tile", "many"), ("a.png", "--postprocess", "median=3"),
+                                       ("a.png", "--postprocess", "min_island=-1"),
+                                       ("a.png", "--postprocess", "")])  # fmt: skip
 def test_wrong_usage_is_exit_code_2_and_one_reason(
     infer: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: tuple[str, ...]
 ) -> None:
@@ -182,9 +236,7 @@ def test_a_folder_in_use_is_refused(infer: Infer, tmp_path: Path, capsys) -> Non
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/manifest.jsonl", "out/summary.csv", "out/masks"])
-def test_an_output_that_cannot_be_made_is_told_in_one_line(
-    infer: Infer, tmp_path: Path, capsys, blocked: str
-) -> None:
+def test_an_output_that_cannot_be_made_is_told_in_one_line(infer: Infer, tmp_path: Path, capsys, blocked: str) -> None:
     """A file where a folder should be, or a folder where a file should be."""
     make_pictures(tmp_path / "in", 1)
     path = tmp_path / blocked

@@ -81,9 +81,7 @@ def test_a_killed_run_resumes(plain: tuple[list[object], Path], tmp_path: Path, 
     assert results(tmp_path / "out") == results(undisturbed) and not partials(tmp_path / "out")
 
 
-def test_a_reader_of_the_output_that_has_gone_costs_no_result(
-    plain: tuple[list[object], Path], tmp_path: Path
-) -> None:
+def test_a_reader_of_the_output_that_has_gone_costs_no_result(plain: tuple[list[object], Path], tmp_path: Path) -> None:
     arguments, undisturbed = plain
     read, write = os.pipe()
     os.close(read)

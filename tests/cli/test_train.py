@@ -94,7 +94,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     arguments += " --average 0.75 --precision bf16 --compile --tolerance 8"
     arguments += " --loss ce,l1=0.5 --class-weights 1,1.5,2 --label-smoothing 0.1 --l2 0.01 --dropout 0.2"
     arguments += " --patience 5 --clip 1 --extra colon@0.5 --extra b@c@1"
-    arguments += " --noise 1 --turns --scale 0.2 --stain 0.3 --colour 0.4"
+    arguments += " --teacher t.safetensors --noise 1 --turns --scale 0.2 --stain 0.3 --colour 0.4"
     assert main(monkeypatch, "DATA", "--out", "OUT", *arguments.split()) == 0
     assert main(monkeypatch, "DATA", "--out", "OUT") == 0
     augmentation = Augmentation(noise=1, turns=True, scale=0.2, stain=0.3, colour=0.4)
@@ -116,6 +116,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         patience=5,
         clip=1,
         extra=(("colon", 0.5), ("b@c", 1.0)),
+        teacher="t.safetensors",
         precision="bf16",
         compile="on",
         tolerance=8,
@@ -142,11 +143,17 @@ def test_a_bad_folder_is_one_line_before_any_training(
     assert output == "" and errors.count("\n") == 1 and "images/: no such folder" in errors
 
 
+NEED = "--teacher and the loss term distil need each other; give both, e.g. --teacher FILE --loss ce=0.5,distil=0.5"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--arch", "five"], "unknown architecture 'five'; choose one of one, two, three, final"),
-        (["--crop", "17"], "--crop 17 is no multiple of the network's stride 2"),
+        (["--arch", "five"], "unknown architecture 'five'; choose one of one, two, three, final, fast"),
+        (["--crop", "17"], "--crop 17 is no multiple (2 or more) of the network's stride 2"),
+        (["--arch", "fast", "--crop", "32"], "--crop 32 is no multiple (2 or more) of the network's stride 32"),
+        (["--teacher", "t.safetensors"], NEED),
+        (["--loss", "ce,distil"], NEED),
         (["--precision", "fp8"], "unknown precision 'fp8'; choose auto, fp32 or bf16"),
         (["--weights", "gone.pth"], "gone.pth: no such file; --weights takes imagenet, none or a file"),
     ],
@@ -182,6 +189,19 @@ def test_the_extra_that_is_missing_is_named(
     monkeypatch.setattr(extras, "has", lambda *packages: "torchvision" not in packages)
     assert main(monkeypatch, tmp_path, "--out", tmp_path / "out") == 2
     assert capfd.readouterr().err == "histoseg-fast: this needs torchvision; pip install 'histoseg-fast[train]'\n"
+
+
+def test_a_teacher_that_is_none_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = easy_folder(tmp_path / "data", side=16)
+    (tmp_path / "bad.safetensors").write_bytes(b"hello")
+    for name, told in (("gone", "no such checkpoint"), ("bad", "cannot be read as a checkpoint")):
+        teacher = ["--teacher", str(tmp_path / f"{name}.safetensors"), "--loss", "distil"]
+        assert main(monkeypatch, root, "--out", tmp_path / "out", *SMALL, *teacher) == 1
+        output, errors = capfd.readouterr()
+        assert output == "" and errors.count("\n") == 1 and f"{name}.safetensors: {told}" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_that_diverges_is_one_line(

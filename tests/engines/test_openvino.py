@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from random_networks import noise, plan_of
 
-from histoseg_fast import engines
-from histoseg_fast.engines import AGREEMENT_GATE, choose_precision, cpu_precisions, open_engine, run_tiled
+from histoseg_fast import engines, machine
+from histoseg_fast.engines import choose_precision, open_engine, run_tiled
 from histoseg_fast.errors import EngineError, PlanError, UsageError
+from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES
-from histoseg_fast.plan import MODEL, pack, unpack
+from histoseg_fast.plan import DEFAULT_GATE, MODEL, pack, unpack
 
+GATE = DEFAULT_GATE["agreement"]
 FEW = settings(max_examples=3, derandomize=True, deadline=None)
 MANY = settings(max_examples=40, deadline=None)
 needs_bf16 = pytest.mark.skipif("bf16" not in cpu_precisions(), reason="this CPU has no native bf16")
@@ -58,10 +60,11 @@ def test_tiled_equals_whole_for_a_tiny_network(tiny_plan, fp32, height, width, t
 def test_tiled_equals_whole(arch):
     plan = plan_of(arch)
     least = 2 * plan.halo + 2 * plan.stride
+    sides = st.integers(1, max(130, least + 40))
     with open_engine(plan, precision="fp32") as engine:
 
         @FEW
-        @given(st.integers(1, 130), st.integers(1, 130), st.integers(0, 40))
+        @given(sides, sides, st.integers(0, 40))
         @example(1, 1, 0)
         @example(3, least + 9, 1)
         @example(least + 30, least + 1, 0)
@@ -76,7 +79,7 @@ def test_tiled_equals_whole(arch):
 def test_tiled_equals_whole_at_full_size(arch, height, width):
     plan = plan_of(arch)
     with open_engine(plan, precision="fp32") as engine:
-        check_tiled(engine, plan, height, width, 320)
+        check_tiled(engine, plan, height, width, 480 if arch == "fast" else 320)
 
 
 def test_the_halo_is_needed():
@@ -115,7 +118,8 @@ def test_bf16_is_near_fp32_but_not_it(tiny_plan):
 def run(engine, slot, images):
     slot.reshape(*images.shape[:3])[...] = images
     engine.submit(slot)
-    return engine.wait(slot).copy()
+    engine.wait(slot)
+    return slot.logits.copy()
 
 
 @pytest.mark.parametrize("arch", ["tiny", "two", "final"])
@@ -147,9 +151,9 @@ def test_slots_run_beside_each_other(tiny_plan, fp32):
         slot.reshape(1, *image.shape[:2])[0] = image
         fp32.submit(slot)
     for slot, image in reversed(list(zip(slots, images, strict=True))):
-        logits = fp32.wait(slot)
-        assert logits.dtype == np.float32 and slot.logits is logits
-        np.testing.assert_array_equal(logits[0], run_tiled(fp32, tiny_plan, image))
+        fp32.wait(slot)
+        assert slot.logits.dtype == np.float32
+        np.testing.assert_array_equal(slot.logits[0], run_tiled(fp32, tiny_plan, image))
 
 
 def test_reshape_keeps_memory_that_is_large_enough(fp32):
@@ -281,8 +285,8 @@ def test_a_model_that_changes_the_size_fails_in_one_line(tiny_plan):
 @pytest.mark.parametrize(
     ("here", "fixed", "agreement", "wanted", "chosen"),
     [
-        ("fp32 bf16", "auto", AGREEMENT_GATE, "auto", "bf16"),
-        ("fp32 bf16", "auto", AGREEMENT_GATE - 1e-6, "auto", "fp32"),
+        ("fp32 bf16", "auto", GATE, "auto", "bf16"),
+        ("fp32 bf16", "auto", GATE - 1e-6, "auto", "fp32"),
         ("fp32 bf16", "auto", None, "auto", "fp32"),
         ("fp32", "auto", 1.0, "auto", "fp32"),
         ("fp32 bf16", "bf16", 0.5, "auto", "bf16"),
@@ -307,9 +311,59 @@ def test_choice_of_precision(tiny_plan, monkeypatch, here, fixed, agreement, wan
             choose_precision(plan, wanted)
 
 
+RANGES = {"inputs": {"b": 4.0, "up": 9.0}, "outputs": {}}
+ALL = "fp32 bf16 int8"
+
+
+@pytest.mark.parametrize(
+    ("here", "ranges", "fixed", "measured", "wanted", "chosen"),
+    [
+        (ALL, RANGES, "auto", {"bf16": 1.0, "int8": GATE}, "auto", "int8"),
+        (ALL, RANGES, "auto", {"bf16": 0.1, "int8": GATE}, "auto", "int8"),
+        (ALL, RANGES, "auto", {"bf16": 1.0, "int8": GATE - 1e-6}, "auto", "bf16"),
+        (ALL, RANGES, "auto", {"bf16": 1.0}, "auto", "bf16"),
+        (ALL, RANGES, "auto", {"bf16": 0.5, "int8": 0.5}, "auto", "fp32"),
+        (ALL, RANGES, "int8", {}, "auto", "int8"),
+        (ALL, RANGES, "bf16", {"int8": 1.0}, "auto", "bf16"),
+        (ALL, RANGES, "fp16", {"int8": 1.0}, "auto", "fp32"),  # of a GPU
+        (ALL, RANGES, "fp32", {"int8": 0.1}, "int8", "int8"),
+        ("fp32 bf16", RANGES, "auto", {"bf16": 1.0, "int8": 1.0}, "auto", "bf16"),
+        ("fp32 bf16", RANGES, "int8", {"int8": 1.0}, "auto", "fp32"),
+        ("fp32 bf16", RANGES, "auto", {"int8": 1.0}, "int8", "this CPU has no native int8; .*auto or fp32 or bf16$"),
+        (ALL, None, "auto", {"bf16": 1.0, "int8": 1.0}, "auto", "bf16"),
+        (ALL, None, "int8", {"int8": 1.0}, "auto", "fp32"),
+        (ALL, None, "auto", {"int8": 1.0}, "int8", "was compiled without int8; .*auto or fp32 or bf16$"),
+    ],
+)
+def test_choice_of_int8(tiny_plan, monkeypatch, here, ranges, fixed, measured, wanted, chosen):
+    monkeypatch.setattr(engines, "cpu_precisions", lambda: tuple(here.split()))
+    precisions = {name: {"agreement": value} for name, value in {"fp32": 1.0, **measured}.items()}
+    plan = changed(tiny_plan, precision=fixed, precisions=precisions, **({"int8": ranges} if ranges else {}))
+    if " " not in chosen:
+        assert choose_precision(plan, wanted) == chosen
+    else:
+        with pytest.raises(EngineError, match=chosen):
+            choose_precision(plan, wanted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precisions"),
+    [
+        ("", "fp32"),
+        ("avx2 avx512f", "fp32"),
+        ("avx_vnni", "fp32 int8"),
+        ("avx512_vnni", "fp32 int8"),
+        ("avx512_bf16", "fp32 bf16"),
+        ("avx512_vnni amx_bf16", ALL),
+        ("amx_int8 amx_bf16", ALL),
+    ],
+)
+def test_what_a_cpu_runs(monkeypatch, flags, precisions):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags.split()))
+    assert machine.cpu_precisions() == tuple(precisions.split())
+
+
 def test_devices(tiny_plan):
-    with pytest.raises(EngineError, match="CUDA"):
-        open_engine(tiny_plan, device="cuda")
     with pytest.raises(UsageError, match="'tpu'; choose one of auto, cpu, cuda"):
         open_engine(tiny_plan, device="tpu")
     with open_engine(tiny_plan, device="cpu", precision="fp32") as engine:

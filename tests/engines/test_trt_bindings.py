@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_cuda import FakeCuda
+from fake_execution import Context, rgb_as_logits
 from fake_tensorrt import fake_tensorrt
 from wheels import unpacked
 
@@ -30,6 +32,7 @@ USED = {
         "Builder",
         "BuilderFlag.TF32",
         "BuilderFlag.VERSION_COMPATIBLE",
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
         "HardwareCompatibilityLevel.AMPERE_PLUS",
         "HardwareCompatibilityLevel.NONE",
         "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
@@ -64,7 +67,15 @@ USED = {
         "set_memory_pool_limit",
         "set_timing_cache",
     },
-    "ICudaEngine": {"create_engine_inspector"},
+    "ICudaEngine": {"create_engine_inspector", "create_execution_context"},
+    "IExecutionContext": {
+        "execute_async_v3",
+        "set_device_memory",
+        "set_input_shape",
+        "set_optimization_profile_async",
+        "set_tensor_address",
+        "update_device_memory_size_for_shapes",
+    },
     "EngineInspector": {"get_engine_information"},
     "ILogger": {"def log(severity, msg)"},
     "IOptimizationProfile": {"set_shape"},
@@ -88,6 +99,7 @@ OBJECTS = {
     "profile": "IOptimizationProfile",
     "cache": "ITimingCache",
     "engine": "ICudaEngine",
+    "context": "IExecutionContext",
     "inspector": "EngineInspector",
     "runtime": "Runtime",
     "memory": "IHostMemory",
@@ -97,7 +109,11 @@ RETURNED = {("OnnxParser", "get_error"): "ParserError"}
 COMPUTED = {"HardwareCompatibilityLevel": "HARDWARE"}
 """Enum members chosen by getattr: from the values of this table in options.py."""
 PLAIN = {
+    "block",
+    "captured",
+    "contextlib",
     "functools",
+    "graph",
     "importlib",
     "re",
     "threading",
@@ -105,7 +121,11 @@ PLAIN = {
     "model",
     "monitor",
     "options",
+    "p",
+    "prepared",
+    "rgb",
     "said",
+    "scratch",
     "self",
     "text",
     "wanted",
@@ -205,7 +225,8 @@ def test_the_fake_has_what_is_listed_and_takes_the_same_arguments(collected):
     trt = fake_tensorrt()
     builder = trt.Builder(None)
     config = builder.create_builder_config()
-    fakes = {"": trt, "Builder": builder, "IBuilderConfig": config}
+    context = Context(trt, FakeCuda(), [], rgb_as_logits, None)
+    fakes = {"": trt, "Builder": builder, "IBuilderConfig": config, "IExecutionContext": context}
     for name in USED[""]:
         owner = trt
         for part in name.split("."):

@@ -15,8 +15,8 @@ from torch import nn
 
 from histoseg_fast.errors import HistosegError, PlanError, UsageError
 from histoseg_fast.models import architectures
-from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.network import SegmentationNetwork, UInt8Network, load_features
+from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, PAPER_ARCHITECTURES
+from histoseg_fast.models.network import UInt8Network, load_features, make_network
 
 VGG = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)}
 NORMALISED = {2: (64, 3), 5: (64, 64), 9: (128, 64), 12: (128, 128), 16: (256, 128), 19: (256, 256)}
@@ -51,20 +51,27 @@ def one_line(caught):
 
 
 def test_weights_of_the_final_network():
-    assert sum(p.numel() for p in SegmentationNetwork("final").parameters()) == 2_812_291
+    assert sum(p.numel() for p in make_network("final").parameters()) == 2_812_291
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_output_has_the_size_of_the_input(arch):
-    network = SegmentationNetwork(arch, 5).eval()
+    network = make_network(arch, 5).eval()
+    side = max(4, network.stride)
     with torch.inference_mode():
-        assert network(torch.zeros(2, 3, 8, 12)).shape == (2, 5, 8, 12)
-        assert UInt8Network(network)(torch.zeros(1, 4, 20, 3, dtype=torch.uint8)).shape == (1, 5, 4, 20)
+        assert network(torch.zeros(2, 3, 2 * side, 3 * side)).shape == (2, 5, 2 * side, 3 * side)
+        rgb = torch.zeros(1, side, 5 * side, 3, dtype=torch.uint8)
+        assert UInt8Network(network)(rgb).shape == (1, 5, side, 5 * side)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_unknown_network():
+    with pytest.raises(UsageError, match="'five'; choose one of one, two, three, final, fast"):
+        make_network("five")
+
+
+@pytest.mark.parametrize("arch", PAPER_ARCHITECTURES)
 def test_a_relu_follows_every_layer_but_the_last(arch):
-    network = SegmentationNetwork(arch)
+    network = make_network(arch)
     modules = [module for part in (network.features, network.head) for module in part]
     assert not isinstance(modules[-1], nn.ReLU)
     for module, following in itertools.pairwise(modules):
@@ -74,7 +81,7 @@ def test_a_relu_follows_every_layer_but_the_last(arch):
 def test_tensor_names_are_the_layers():
     expected = {f"features.{name}" for name in NAMES}
     expected |= {f"head.{layer.name}" for layer in architectures.head("final", 3)}
-    assert {name.rsplit(".", 1)[0] for name in SegmentationNetwork("final").state_dict()} == expected
+    assert {name.rsplit(".", 1)[0] for name in make_network("final").state_dict()} == expected
 
 
 def test_normalisation_is_inside():
@@ -94,7 +101,7 @@ def test_torchvision_weights(tmp_path, form, prefix):
     path = tmp_path / f"vgg16.{form}"
     save = {"pth": torch.save, "safetensors": save_file, "npz": lambda t, p: np.savez(p, **t)}[form]
     save(tensors, path)
-    network = SegmentationNetwork("final")
+    network = make_network("final")
     assert load_features(network, str(path)) == NAMES
     for name, number in zip(NAMES, VGG, strict=False):
         layer = getattr(network.features, name)
@@ -104,19 +111,48 @@ def test_torchvision_weights(tmp_path, form, prefix):
 
 def test_a_smaller_network_takes_what_it_has(tmp_path):
     torch.save(weights(VGG), tmp_path / "vgg.pth")
-    assert load_features(SegmentationNetwork("one"), str(tmp_path / "vgg.pth")) == NAMES[:4]
+    assert load_features(make_network("one"), str(tmp_path / "vgg.pth")) == NAMES[:4]
 
 
 def test_none_leaves_the_network_alone():
-    network = SegmentationNetwork("one")
+    network = make_network("one")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert load_features(network, "none") == []
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize("arch", ["one", "fast"])
+def test_a_checkpoint_gives_all_its_weights(tmp_path, arch):
+    torch.manual_seed(1)
+    source, network = make_network(arch, 5), make_network(arch, 5)
+    for name, buffer in source.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    save_file(source.state_dict(), tmp_path / "c.safetensors")
+    layers = {name.rpartition(".")[0] for name in source.state_dict()}
+    assert set(load_features(network, str(tmp_path / "c.safetensors"))) == layers
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
+    with pytest.raises(PlanError, match="checkpoint of another architecture"):
+        load_features(make_network(arch, 4), str(tmp_path / "c.safetensors"))
+
+
+def test_a_network_without_vgg_layers(tmp_path):
+    """ImageNet weights leave it as it is, and nothing is downloaded; other files are refused."""
+    network = make_network("fast")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert load_features(network, "imagenet") == []
+    torch.save(weights(VGG), tmp_path / "vgg.pth")
+    save_file(make_network("one").state_dict(), tmp_path / "one.safetensors")
+    for name in ("vgg.pth", "one.safetensors"):
+        with pytest.raises(PlanError, match="is no checkpoint of the network 'fast'") as caught:
+            load_features(network, str(tmp_path / name))
+        assert name in one_line(caught)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
 def test_preprocessing_is_folded_into_the_first_convolution(tmp_path):
     np.savez(tmp_path / "vgg.npz", **normalised())
-    network = SegmentationNetwork("final")
+    network = make_network("final")
     assert load_features(network, str(tmp_path / "vgg.npz")) == NAMES
     tensors = {name: torch.from_numpy(value).double() for name, value in normalised().items()}
     rgb = torch.rand(1, 3, 20, 24, dtype=torch.float64)
@@ -135,7 +171,7 @@ def test_normalised_weights_with_parts_missing(tmp_path, change):
     tensors = {name: value for name, value in (normalised() | change).items() if value is not None}
     np.savez(tmp_path / "vgg.npz", **tensors)
     with pytest.raises(PlanError) as caught:
-        load_features(SegmentationNetwork("final"), str(tmp_path / "vgg.npz"))
+        load_features(make_network("final"), str(tmp_path / "vgg.npz"))
     assert "vgg.npz" in one_line(caught)
 
 
@@ -154,7 +190,7 @@ def test_normalised_weights_with_parts_missing(tmp_path, change):
 )
 def test_files_with_other_tensors(tmp_path, tensors, words):
     torch.save(tensors, tmp_path / "w.pth")
-    network = SegmentationNetwork("final")
+    network = make_network("final")
     before = network.features.conv1_1.weight.clone()
     with pytest.raises(PlanError) as caught:
         load_features(network, str(tmp_path / "w.pth"))
@@ -181,7 +217,7 @@ def test_pickled_code_is_not_run(tmp_path, name):
     np.savez(tmp_path / "object.npz", **{"0.weight": np.array([Payload(trap)], object)}, allow_pickle=True)
     for path in (tmp_path / name, tmp_path / "zip.pth", tmp_path / "object.npz"):
         with pytest.raises(PlanError) as caught:
-            load_features(SegmentationNetwork("one"), str(path))
+            load_features(make_network("one"), str(path))
         one_line(caught)
     assert not trap.exists()
 
@@ -192,14 +228,14 @@ def test_pickled_code_is_not_run(tmp_path, name):
 def test_files_that_hold_no_weights(tmp_path, suffix, content):
     (tmp_path / f"w.{suffix}").write_bytes(content)
     with pytest.raises(PlanError) as caught:
-        load_features(SegmentationNetwork("one"), str(tmp_path / f"w.{suffix}"))
+        load_features(make_network("one"), str(tmp_path / f"w.{suffix}"))
     one_line(caught)
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "missing.npz", "missing.safetensors", "imagnet", ".", "a/b.npz"])
 def test_missing_files(tmp_path, name):
     with pytest.raises(HistosegError) as caught:
-        load_features(SegmentationNetwork("one"), str(tmp_path / name))
+        load_features(make_network("one"), str(tmp_path / name))
     one_line(caught)
     assert isinstance(caught.value, UsageError) == (name != ".")
 
@@ -217,7 +253,7 @@ def test_offline(tmp_path, monkeypatch, error):
     torch.hub.set_dir(str(tmp_path))
     try:
         with pytest.raises(UsageError, match="could not be downloaded") as caught:
-            load_features(SegmentationNetwork("one"), "imagenet")
+            load_features(make_network("one"), "imagenet")
     finally:
         torch.hub._hub_dir = None
     assert "--weights" in one_line(caught)

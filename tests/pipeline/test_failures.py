@@ -11,6 +11,7 @@ import pytest
 from running import FakeEngine, entries, finish, make_pictures, make_stream, partials, picture, results, run_stream
 
 from histoseg_fast import _core
+from histoseg_fast.engines.base import Slot
 from histoseg_fast.errors import EngineError, ImageError
 from histoseg_fast.images import MaskWriter, write_png
 from histoseg_fast.images.content import Content
@@ -18,7 +19,9 @@ from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.pipeline import stream as stream_module
 from histoseg_fast.pipeline.job import Job, Outputs
 from histoseg_fast.pipeline.records import Manifest
+from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import TileGrid
 
 THREADS = {"readers": 2, "writers": 2, "batch": 2, "tile": 32}
@@ -151,14 +154,18 @@ def test_a_mask_that_may_not_be_written_costs_its_image_alone(
     check_resumes(images, tmp_path / "out")
 
 
-def test_an_image_given_up_while_its_tile_is_stitched_is_no_error(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("steps", [NO_STEPS, PostProcessing(majority_radius=1)])
+def test_an_image_given_up_while_its_tile_is_stitched_is_no_error(tmp_path: Path, monkeypatch, steps) -> None:
     """A writer that meets an error abandons the image from its own thread, at any moment."""
     source = Source(tmp_path / "a.png", "a.png", "a")
     grid = TileGrid.cover(8, 8, 64, 0, 1)
-    job = Job(source, None, grid, Outputs(tmp_path / "out", PAPER_PALETTE), 0)
+    job = Job(source, None, grid, Outputs(tmp_path / "out", PAPER_PALETTE, postprocess=steps), 0)
     stitch = _core.stitch
     monkeypatch.setattr(_core, "stitch", lambda *arguments: (job.abandon(), stitch(*arguments))[1])
-    assert job.stitch(0, 0, np.zeros((8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.float32)) is None
+    slot = Slot()
+    slot.reshape(1, 8, 8)
+    slot.logits = np.zeros((1, 3, 8, 8), np.float32)
+    assert job.stitch(Tile(job, 0, 0, grid.core(0, 0)), slot, 0) is None
 
 
 def test_an_image_that_changes_while_it_is_read_fails_alone(

@@ -109,11 +109,11 @@ def test_the_manifest_closes_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_summary_rows_are_sorted_and_add_up(tmp_path: Path) -> None:
-    lines = [done("b \"q\"\n.png", 1, 1, 2), {"input": "0", "status": "failed"}, done("a,\udcff.png", 3, 0, 0)]
+    lines = [done('b "q"\n.png', 1, 1, 2), {"input": "0", "status": "failed"}, done("a,\udcff.png", 3, 0, 0)]
     write_summary(tmp_path, lines, CLASSES)
     text = (tmp_path / "summary.csv").read_bytes().decode("utf-8", "surrogateescape")
     first, second = csv.DictReader(text.splitlines(keepends=True))
-    assert (first["image"], second["image"]) == ("a,\udcff.png", "b \"q\"\n.png")
+    assert (first["image"], second["image"]) == ("a,\udcff.png", 'b "q"\n.png')
     assert first["tumour_stroma_ratio"] == "" and second["tumour_stroma_ratio"] == "0.333333"
     assert [second[f"{name}_share"] for name in CLASSES] == ["0.250000", "0.250000", "0.500000"]
     assert [second[f"{name}_pixels"] for name in CLASSES] == ["1", "1", "2"]

@@ -12,7 +12,7 @@ from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 
 
 def tile(row: int) -> Tile:
-    return Tile(None, row, 0)
+    return Tile(None, row, 0, (0, 1, 2 + row, 3))
 
 
 def test_places_of_one_batch_share_a_slot_and_it_is_submitted_when_all_are_filled() -> None:
@@ -25,7 +25,9 @@ def test_places_of_one_batch_share_a_slot_and_it_is_submitted_when_all_are_fille
     assert engine.submits == 0
     ring.fill(first[0], 0, tile(0))
     assert engine.submits == 1
-    assert [t.row for t in ring.next().tiles] == [0, 1]
+    batch = ring.next()
+    assert [t.row for t in batch.tiles] == [0, 1]
+    assert batch.slot.cores.tolist() == [[0, 1, 2, 3], [0, 1, 3, 3]]
 
 
 def test_batches_come_in_the_order_of_their_places_not_of_their_filling() -> None:
@@ -53,7 +55,7 @@ def test_another_shape_closes_the_batch_and_only_its_filled_places_run() -> None
         batch, index, _ = ring.take(shape)
         ring.fill(batch, index, tile(row))
     batch = ring.next()
-    assert batch.slot.input.shape == (2, 4, 4, 3) and len(batch.tiles) == 2
+    assert batch.slot.input.shape == (2, 4, 4, 3) and len(batch.tiles) == len(batch.slot.cores) == 2
     ring.finish()
     assert ring.next().slot.input.shape == (1, 6, 4, 3)
 

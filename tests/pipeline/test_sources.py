@@ -115,7 +115,7 @@ def test_links_dangling_and_circular(tmp_path: Path) -> None:
 
 
 def test_names_of_any_bytes(tmp_path: Path) -> None:
-    raw = [b"sp ace.png", "\u00fcml\u00e4ut.png".encode(), b"it's \"q\".png", b"new\nline.png", b"bad\xff\xfe.png"]
+    raw = [b"sp ace.png", "\u00fcml\u00e4ut.png".encode(), b'it\'s "q".png', b"new\nline.png", b"bad\xff\xfe.png"]
     for name in raw:
         (tmp_path / os.fsdecode(name)).write_bytes(b"")
     assert sorted(os.fsencode(name) for name in names([str(tmp_path)], tmp_path / "out")) == sorted(raw)

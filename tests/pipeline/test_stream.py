@@ -123,9 +123,10 @@ def test_a_slow_reader_in_a_shared_batch_does_not_mix_up_the_bands_of_another_im
 
 @pytest.mark.parametrize("after", [1, 4, 8])
 @pytest.mark.parametrize("readers", [1, 3])
-def test_a_stopped_run_is_resumed_to_the_same_bytes(tmp_path: Path, after: int, readers: int) -> None:
+@pytest.mark.parametrize("steps", ["none", "min_island=9"])
+def test_a_stopped_run_is_resumed_to_the_same_bytes(tmp_path: Path, after: int, readers: int, steps: str) -> None:
     make_pictures(tmp_path / "in", 9, 100, 60)  # of several bands, so that some are given up half-way
-    options = {"tile": 32, "readers": readers, "writers": 2, "batch": 2, "overlay": True}
+    options = {"tile": 32, "readers": readers, "writers": 2, "batch": 2, "overlay": True, "postprocess": steps}
     assert run_stream(FakeEngine(), tmp_path / "in", tmp_path / "plain", **options).done == 9
     manifest, done = Manifest(tmp_path / "out"), []
 
@@ -172,7 +173,7 @@ def test_a_slow_stage_holds_the_readers_back(tmp_path: Path, monkeypatch: pytest
     engine = FakeEngine(on_wait=dawdle if slow == "engine" else lambda call: None)
     options = {"batch": batch, "readers": readers, "writers": writers, "on_image": on_image}
     run_stream(engine, tmp_path / "in", tmp_path / "out", **options)
-    slots = stream_module.RING_DEPTH + 1  # one more batch: its slot is free again, its bands wait for a place
+    slots = engine.depth + 1  # one more batch: its slot is free again, its bands wait for a place
     assert max(most) <= slots * batch + readers + writers * (stream_module.QUEUED_BANDS + 1) < 60
     assert len(over) == 60
 

@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyNetwork]:
     """Make the loop build TinyNetwork whatever the architecture."""
     monkeypatch.setattr(TinyNetwork, "poison", None)
-    monkeypatch.setattr(loop, "SegmentationNetwork", TinyNetwork)
+    monkeypatch.setattr(loop, "make_network", TinyNetwork)
     return TinyNetwork
 
 

@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_tables_curves_and_resume(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(experiments, "ARCHITECTURES", ("one", "final"))  # the other two only take time
+    monkeypatch.setattr(experiments, "PAPER_ARCHITECTURES", ("one", "final"))  # the other two only take time
     arguments = (data, "--out", tmp_path / "out", "--epochs", 1, "--crop", 16, "--weights", "none")
     assert run(monkeypatch, *arguments) == 0
     record = json.loads((tmp_path / "out" / "experiments.json").read_text())

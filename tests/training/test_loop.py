@@ -45,7 +45,7 @@ def test_it_learns_an_easy_task(fit: Fit, tmp_path: Path) -> None:
 def test_the_best_checkpoint_says_all_that_using_it_needs(fit: Fit, tmp_path: Path) -> None:
     best = fit(tmp_path, augmentation=Augmentation(noise=2, turns=True))
     tensors, description = read_checkpoint(tmp_path / BEST)
-    assert tensors.keys() == loop.SegmentationNetwork("final").state_dict().keys()
+    assert tensors.keys() == loop.make_network("final").state_dict().keys()
     assert description["arch"] == "final"
     assert description["classes"] == ["background", "cancer", "stroma"]
     assert description["colours"] == [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
@@ -61,7 +61,7 @@ def test_validation_scores_are_those_of_whole_images(fit: Fit, tmp_path: Path) -
     pairs = {"t": easy_pair(rng, 24, 24), "v": easy_pair(rng, 30, 23), "w": easy_pair(rng, 9, 41)}
     root = write_folder(tmp_path / "data", pairs, {"t": "train", "v": "val", "w": "val"})
     best = fit(tmp_path / "out", root, epochs=1)
-    network = loop.SegmentationNetwork("final")
+    network = loop.make_network("final")
     network.load_state_dict(read_checkpoint(tmp_path / "out" / BEST)[0])
     confusion, loss, pixels = np.zeros((3, 3), int), 0.0, 0
     for name in ("v", "w"):
@@ -98,7 +98,7 @@ def test_the_moving_average(fit: Fit, tmp_path: Path, monkeypatch: pytest.Monkey
     tensors, description = read_checkpoint(tmp_path / LAST)
     assert description["steps"] == len(states) == 12
     torch.manual_seed(OPTIONS.seed)
-    expected = {n: t.double() for n, t in loop.SegmentationNetwork("final").state_dict().items()}
+    expected = {n: t.double() for n, t in loop.make_network("final").state_dict().items()}
     for step, state in enumerate(states, 1):
         keep = min(average, step / (step + 10))
         expected = {n: keep * expected[n] + (1 - keep) * state[n] for n in expected}
@@ -169,8 +169,11 @@ def fail(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"crop": 18}, "--crop 18 is no multiple of the network's stride 4"),
+        ({"crop": 18}, r"--crop 18 is no multiple \(2 or more\) of the network's stride 4"),
+        ({"crop": 4}, r"--crop 4 is no multiple \(2 or more\) of the network's stride 4"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; choose auto, fp32 or bf16"),
+        ({"teacher": "t.safetensors"}, "--teacher and the loss term distil need each other; give both"),
+        ({"loss": {"ce": 1.0, "distil": 1.0}}, "--teacher and the loss term distil need each other; give both"),
     ],
 )
 def test_bad_options_are_told_before_any_work(
@@ -240,6 +243,19 @@ def test_compiled_training(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(compiled.batches) == 1 + 2 * 6 and all(training for _, training in compiled.batches)
     fit(tmp_path / "off")
     ours, theirs = (read_checkpoint(tmp_path / run / LAST)[0] for run in ("on", "off"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_trial_of_torch_compile_leaves_no_trace(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A batch of zeros goes through the network in training: its running statistics must not see it."""
+    from dataclasses import replace
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    root, options = easy_folder(tmp_path / "data", side=64), replace(OPTIONS, arch="fast", crop=64, epochs=1)
+    for compile_ in ("on", "off"):
+        train(root, tmp_path / compile_, replace(options, compile=compile_), lambda line: None)
+    ours, theirs = (read_checkpoint(tmp_path / run / LAST)[0] for run in ("on", "off"))
+    assert any(name.endswith("running_mean") for name in theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

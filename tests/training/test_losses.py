@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.training import losses
@@ -19,7 +21,11 @@ def batch(seed: int = 0, size: tuple[int, int] = (5, 4)) -> tuple[torch.Tensor, 
     return logits, ids
 
 
-@pytest.mark.parametrize("term", TERMS)
+LABELLED = [term for term in TERMS if term != "distil"]
+"""Terms that compare with labels, not with a teacher."""
+
+
+@pytest.mark.parametrize("term", LABELLED)
 def test_gradients_equal_finite_differences(term):
     logits, ids = batch()
     assert torch.autograd.gradcheck(lambda x: TERMS[term](x, ids), logits.requires_grad_())
@@ -71,13 +77,44 @@ def test_a_certain_right_answer_costs_nothing_and_a_wrong_one_does():
     assert losses.smoothness(right, ids).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", LABELLED)
 def test_unlabelled_pixels_do_not_count(term):
     logits, ids = batch(3)
     changed = logits.clone()
     changed[0, :, 0, 0] += torch.tensor([5.0, -3.0, 1.0], dtype=torch.float64)
     assert TERMS[term](logits, ids).item() == pytest.approx(TERMS[term](changed, ids).item(), abs=1e-12)
     assert TERMS[term](logits, torch.full_like(ids, 255)).isfinite()
+
+
+def test_distillation():
+    """Gradient, value against plain NumPy, and nothing to learn from an equal network."""
+    logits, ids = batch(4)
+    teacher, _ = batch(5)
+    loss = Loss({"distil": 0.5, "ce": 2.0})
+    assert torch.autograd.gradcheck(lambda x: losses.distillation(x, teacher), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: loss(x, ids, teacher), logits)
+    p, q = (np.exp(x.detach().numpy()) for x in (logits, teacher))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    value = losses.distillation(logits, teacher).item()
+    assert value == pytest.approx((q * np.log(q / p)).sum(1).mean())
+    expected = 0.5 * value + 2 * losses.cross_entropy(logits, ids).item()
+    assert loss(logits, ids, teacher).item() == pytest.approx(expected, abs=1e-12)
+    same = losses.distillation(logits, logits.detach() + 7.0)  # softmax does not see a constant
+    assert same.item() == pytest.approx(0, abs=1e-12)
+    (gradient,) = torch.autograd.grad(same, logits)
+    assert gradient.abs().max() < 1e-12
+
+
+@given(st.integers(0, 999), st.floats(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_distillation_is_a_divergence(seed, spread):
+    """Never negative; unlabelled pixels count, because a teacher has an opinion on them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, teacher = (spread * torch.randn(1, 4, 3, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    nothing = torch.full((1, 3, 2), 255)
+    value = Loss({"distil": 1.0})(logits, nothing, teacher)
+    assert value.isfinite() and value >= -1e-12
+    assert value.item() == pytest.approx(losses.distillation(logits, teacher).item())
 
 
 def test_smoothness_leaves_label_edges_alone():
@@ -90,6 +127,7 @@ def test_smoothness_leaves_label_edges_alone():
 def test_parse_loss():
     assert parse_loss("ce") == {"ce": 1.0}
     assert parse_loss("ce=1, l1=0.5,l2 = 2") == {"ce": 1.0, "l1": 0.5, "l2": 2.0}
+    assert parse_loss("ce=0.5,distil=0.5") == {"ce": 0.5, "distil": 0.5}
     for bad in ("", "mse", "ce=x", "ce=-1", "ce=nan", "ce=inf", "ce,ce"):
         with pytest.raises(UsageError):
             parse_loss(bad)

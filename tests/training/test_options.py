@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from data_folders import easy_pair, write_folder
+from random_networks import checkpoint
 from tiny_training import OPTIONS
 
+from histoseg_fast.compiling.compile import load_network
 from histoseg_fast.errors import DataError, PlanError, UsageError
-from histoseg_fast.models.network import SegmentationNetwork
-from histoseg_fast.training import loop
+from histoseg_fast.models.network import UInt8Network, make_network
+from histoseg_fast.training import loop, parallel
 from histoseg_fast.training.checkpoint import read_checkpoint
 from histoseg_fast.training.crops import CropDataset
 from histoseg_fast.training.loop import BEST, HISTORY, LAST, find_splits
@@ -66,8 +68,8 @@ def test_l2_pulls_weights_to_zero(fit: Fit, tmp_path: Path) -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
-    network, image = SegmentationNetwork("one", dropout=0.5), torch.randn(1, 3, 16, 16)
-    assert network.state_dict().keys() == SegmentationNetwork("one").state_dict().keys()
+    network, image = make_network("one", dropout=0.5), torch.randn(1, 3, 16, 16)
+    assert network.state_dict().keys() == make_network("one").state_dict().keys()
     assert not torch.equal(network.train()(image), network(image))
     assert torch.equal(network.eval()(image), network(image))
 
@@ -109,6 +111,82 @@ def test_a_checkpoint_as_weights_starts_from_all_of_it(fit: Fit, folder: Path, t
     other = loop.TrainingOptions(**{**vars(second), "arch": "two"})
     with pytest.raises(PlanError, match=r"checkpoint of another architecture|no VGG convolutions"):
         loop.train(folder, tmp_path / "third", other, lambda line: None)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "teacher.safetensors", "one")
+
+
+def test_a_teacher_is_learnt_from(fit: Fit, tmp_path: Path, teacher: Path, monkeypatch) -> None:
+    """Its logits, of the very crops, go into the loss; it stays as it is, and in evaluation mode."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    before = read_checkpoint(teacher)[0]
+    network, _ = load_network(teacher)
+    teach = loop._Run._teach
+
+    def watched(run: Any, rgb: torch.Tensor) -> torch.Tensor:
+        logits = teach(run, rgb)
+        assert not logits.requires_grad and not run.teacher.training
+        seen.append((rgb.clone(), logits.clone()))
+        return logits
+
+    monkeypatch.setattr(loop._Run, "_teach", watched)
+    best = fit(tmp_path / "out", epochs=1, teacher=str(teacher), loss={"ce": 0.5, "distil": 0.5})
+    assert len(seen) == 6 and best["train_loss"] > 0
+    with torch.inference_mode():
+        for rgb, logits in seen:
+            torch.testing.assert_close(logits, UInt8Network(network)(rgb), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in read_checkpoint(teacher)[0].items())
+
+
+def test_a_student_of_labels_alone_differs_from_one_with_a_teacher(fit: Fit, tmp_path: Path, teacher: Path) -> None:
+    """And a teacher alone is enough: no label is looked at."""
+    fit(tmp_path / "alone", epochs=1)
+    fit(tmp_path / "both", epochs=1, teacher=str(teacher), loss={"ce": 1.0, "distil": 1.0})
+    alone, both = (read_checkpoint(tmp_path / run / LAST)[0] for run in ("alone", "both"))
+    assert not torch.equal(alone["network.logits.weight"], both["network.logits.weight"])
+    assert fit(tmp_path / "only", epochs=1, teacher=str(teacher), loss={"distil": 1.0})["train_loss"] > 0
+
+
+def test_teachers_that_do_not_fit(fit: Fit, tmp_path: Path, teacher: Path, monkeypatch) -> None:
+    """All are told before any image is read."""
+    monkeypatch.setattr(loop, "find_pairs", lambda root: pytest.fail("this should not have been reached"))
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (tmp_path / "gone.safetensors", PlanError, "gone.safetensors: no such checkpoint"),
+        (checkpoint(tmp_path / "other.safetensors", "one", classes=["a", "b", "c"]), PlanError, "has other classes"),
+        (checkpoint(tmp_path / "fast.safetensors", "fast"), UsageError, "--crop 16 is no multiple of the teacher's"),
+        (tmp_path, PlanError, "cannot be read as a checkpoint"),
+    ]
+    (tmp_path / "cut.safetensors").write_bytes(teacher.read_bytes()[:-9])
+    cases.append((tmp_path / "cut.safetensors", PlanError, "cannot be read as a checkpoint"))
+    for path, error, told in cases:
+        with pytest.raises(error, match=told) as caught:
+            fit(tmp_path / "out", teacher=str(path), loss={"ce": 0.5, "distil": 0.5})
+        assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_running_statistics_become_the_mean_of_all_processes(monkeypatch) -> None:
+    """Of three, of which two stand still here; counters are left alone."""
+    module = torch.nn.BatchNorm2d(2)
+    module.running_mean.copy_(torch.tensor([3.0, 6.0]))
+    others = {2: [torch.tensor([0.0, 3.0]), torch.tensor([6.0, 0.0])]}
+    reduced: list[torch.Tensor] = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        reduced.append(tensor)
+        for other in others[len(tensor)]:
+            tensor += other
+
+    monkeypatch.setattr(parallel.dist, "all_reduce", all_reduce)
+    processes = parallel.Processes()
+    processes.mean_buffers(module)
+    assert not reduced and module.running_mean.tolist() == [3.0, 6.0]
+    processes.count = 3
+    processes.mean_buffers(module)
+    assert module.running_mean.tolist() == [3.0, 3.0]
+    assert len(reduced) == 2 and int(module.num_batches_tracked) == 0
 
 
 def test_class_weights_must_fit_the_classes(fit: Fit, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from data_folders import easy_folder, easy_pair, write_folder
+from random_networks import checkpoint as random_checkpoint
 from tiny_training import OPTIONS, TinyNetwork
 
+from histoseg_fast.compiling.compile import load_network
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.training import checkpoint, loop
 from histoseg_fast.training.augment import Augmentation
@@ -49,7 +51,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What three epochs of `fit` without interruption give."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(loop, "SegmentationNetwork", TinyNetwork)
+        context.setattr(loop, "make_network", TinyNetwork)
         train(folder, out, replace(OPTIONS, epochs=3, augmentation=EVERYTHING), lambda line: None)
     return result(out)
 
@@ -127,6 +129,28 @@ def test_a_real_network_resumes_exactly(tmp_path: Path) -> None:
         train(root, tmp_path / "parts", replace(options, epochs=epochs), lambda line: None)
     train(root, tmp_path / "whole", replace(options, epochs=2), lambda line: None)
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
+
+
+def test_batch_norms_and_a_teacher_resume_exactly(tmp_path: Path) -> None:
+    """Running statistics are state too, and so is their average."""
+    root = easy_folder(tmp_path / "data", side=64)
+    teacher = random_checkpoint(tmp_path / "teacher.safetensors", "one")
+    options = replace(OPTIONS, arch="fast", crop=64, teacher=str(teacher), loss={"ce": 0.5, "distil": 0.5}, dropout=0.1)
+    for epochs in (1, 2):
+        train(root, tmp_path / "parts", replace(options, epochs=epochs), lambda line: None)
+    train(root, tmp_path / "whole", replace(options, epochs=2), lambda line: None)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole")
+    tensors, description = read_checkpoint(tmp_path / "whole" / LAST)
+    assert description["training"]["options"]["teacher"] == "teacher.safetensors"
+    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("average.")}
+    assert any(name.endswith("running_var") and not torch.equal(tensor, torch.ones_like(tensor))
+               for name, tensor in averages.items())  # fmt: skip
+    steps = [t for n, t in tensors.items() if n.startswith("network.") and n.endswith("num_batches_tracked")]
+    assert steps and all(int(tensor) == description["steps"] for tensor in steps)
+    network, _ = load_network(tmp_path / "whole" / BEST)  # what `compile` makes of it
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    with pytest.raises(UsageError, match=r"other options \(loss, teacher\)"):
+        train(root, tmp_path / "parts", replace(options, teacher="", loss={"ce": 1.0}), lambda line: None)
 
 
 def test_another_run_is_not_gone_on_with(fit: Fit, tmp_path: Path, folder: Path) -> None:

@@ -108,11 +108,11 @@ class TensorRTNetwork(Network):
     def _bind(self, context: trt.IExecutionContext, shape: Shape, stream: Any) -> None:
         """Set shape, scratch memory and logits."""
         n, h, w = shape
-        profile = choose_profile(self._profiles, (n, h, w, 3))
-        assert profile is not None
+        chosen = choose_profile(self._profiles, (n, h, w, 3))
+        assert chosen is not None
         log.clear()
-        if not context.set_optimization_profile_async(profile, self._memory.handle(stream)):
-            raise failure(f"TensorRT refuses its profile {profile}", log.reason())
+        if not context.set_optimization_profile_async(chosen, self._memory.handle(stream)):
+            raise failure(f"TensorRT refuses its profile {chosen}", log.reason())
         if not context.set_input_shape(INPUT, (n, h, w, 3)):
             raise failure(f"TensorRT refuses a batch {(n, h, w, 3)}", log.reason())
         self._fit("scratch", max(1, context.update_device_memory_size_for_shapes()))

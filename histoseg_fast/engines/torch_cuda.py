@@ -1,0 +1,240 @@
+"""The PyTorch engine: for NVIDIA machines without TensorRT, and for benchmarks beside it.
+
+The network is rebuilt from the manifest's architecture and the tensors in the plan's ONNX. In "fp16" the
+normalisation and the last convolution are fp32, as in the TensorRT engine. On device "cpu", for tests, the same
+classes run at once and one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from histoseg_fast import _core
+from histoseg_fast.engines.gpu import GpuEngine, Network, Report, Shape
+from histoseg_fast.engines.memory import Block, Memory, OutOfMemory, failure
+from histoseg_fast.errors import EngineError, HistosegError, PlanError
+from histoseg_fast.models.architectures import ARCHITECTURES
+from histoseg_fast.models.fast import FastNetwork
+from histoseg_fast.models.network import UInt8Network, make_network
+from histoseg_fast.plan import MODEL, Plan
+
+COMPILE_VARIABLE = "HISTOSEG_TORCH_COMPILE"
+"""Set to 1: torch.compile, which joins biases and ReLUs to the convolutions; minutes for every new shape."""
+
+
+def rebuild(plan: Plan) -> UInt8Network:
+    """The plan's network with its weights, fp32, on the CPU. Raises EngineError, PlanError if they do not fit."""
+    arch, classes = plan.manifest["arch"], len(plan.palette.names)
+    if arch not in ARCHITECTURES:
+        raise EngineError(f"PyTorch cannot rebuild a network {arch!r}", where=plan.path, fix="use --device cpu")
+    network = UInt8Network(FastNetwork(classes, folded=True) if arch == "fast" else make_network(arch, classes))
+    try:
+        found = onnx.load_from_string(plan.members[MODEL]).graph.initializer
+        tensors = {tensor.name: tensor for tensor in found}
+        state = {
+            name: torch.from_numpy(numpy_helper.to_array(tensors[name.removeprefix("network.")]).astype(np.float32))
+            for name in network.state_dict()
+        }
+        network.load_state_dict(state)
+    except Exception as error:  # whatever a damaged model makes two readers raise
+        reason = " ".join(str(error).split())[:200]
+        raise PlanError(
+            f"{MODEL} does not hold the tensors of a network {arch!r} ({reason})", where=plan.path
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+class _Half(nn.Module):
+    """A network that computes in fp16 up to its last convolution."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.half()
+        for module in network.modules():
+            last = getattr(module, "logits", None)
+            if isinstance(last, nn.Conv2d):
+                last.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x.half())
+
+
+class TorchMemory(Memory):
+    """PyTorch's allocator, streams and events on "cuda:0", or on "cpu"."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
+        self._library: Any = torch.get_device_module(self._device)
+        self.kernels = _core.cuda_built if self._cuda else True
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        chosen = torch.cuda.device(self._device) if self._cuda else contextlib.nullcontext()
+        try:
+            with chosen:
+                yield
+        except HistosegError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(" ".join(str(error).split())[:200]) from error
+        except RuntimeError as error:
+            raise failure(f"PyTorch failed on {self.device}", error) from error
+
+    def pinned(self, size: int) -> np.ndarray:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda).numpy()
+        except RuntimeError as error:
+            reason = f"no {size >> 20} MiB of page-locked memory are to be had"
+            raise EngineError(reason, fix="use a smaller --batch or --tile") from error
+
+    def free_pinned(self, array: np.ndarray) -> None:
+        """It is freed with the last reference to it."""
+
+    def allocate(self, size: int) -> Block:
+        tensor = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return Block(tensor.data_ptr(), size, tensor)
+
+    def free(self, block: Block) -> None:
+        """It is freed with the last reference to it."""
+
+    def trim(self) -> None:
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def stream(self) -> Any:
+        return self._library.Stream()
+
+    def handle(self, stream: Any) -> int:
+        return stream.cuda_stream if self._cuda else 0
+
+    def event(self) -> Any:
+        return torch.cuda.Event(blocking=True) if self._cuda else self._library.Event()
+
+    def record(self, event: Any, stream: Any) -> None:
+        event.record(stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        stream.wait_event(event)
+
+    def synchronise(self, event: Any = None) -> None:
+        if event is None:
+            self._library.synchronize()
+        else:
+            event.synchronize()
+
+    def upload(self, target: Block, source: np.ndarray, stream: Any) -> None:
+        bytes_ = torch.from_numpy(source.reshape(-1).view(np.uint8))
+        with self._library.stream(stream):
+            target.holder[: len(bytes_)].copy_(bytes_, non_blocking=True)
+
+    def download(self, target: np.ndarray, source: Block, stream: Any) -> None:
+        bytes_ = torch.from_numpy(target.reshape(-1).view(np.uint8))
+        with self._library.stream(stream):
+            bytes_.copy_(source.holder[: len(bytes_)], non_blocking=True)
+
+    def stitch(self, stream: Any, **arguments: Any) -> None:
+        if self._cuda:
+            super().stitch(stream, **arguments)
+        else:
+            _core.emulate_stitch(**arguments, stream=0)
+
+    def close(self) -> None:
+        """PyTorch keeps the device."""
+
+
+class TorchNetwork(Network):
+    """The network of `plan` in "fp16" or "fp32" on `device`, with its channels last."""
+
+    def __init__(self, plan: Plan, device: str, precision: str, report: Report):
+        super().__init__(len(plan.palette.names), report)
+        self._device, self._precision = torch.device(device), precision
+        self.graphs = self._device.type == "cuda"
+        self._library: Any = torch.get_device_module(self._device)
+        module = rebuild(plan)
+        if precision == "fp16":
+            module.network = _Half(module.network)
+        module = module.to(self._device).to(memory_format=torch.channels_last)
+        compiled = os.environ.get(COMPILE_VARIABLE) == "1"
+        self._module: Any = torch.compile(module, dynamic=False) if compiled else module
+        self._logits: torch.Tensor | None = None
+        self._pool: Any = None
+        self._library.synchronize()  # the weights are there before another stream reads them
+
+    def most_tiles(self, height: int, width: int) -> int:
+        return 1 << 30
+
+    def compute(self, rgb: Block, shape: Shape, stream: Any) -> Block:
+        with self._library.stream(stream), self._settings():
+            self._logits = self._forward(_images(rgb, shape))
+        return _block(self._logits)
+
+    def capture(self, shape: Shape, stream: Any) -> Callable[[Block], Block]:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        static = torch.zeros((*shape, 3), dtype=torch.uint8, device=self._device)
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())  # which has made `static`
+        with self._settings():
+            with torch.cuda.stream(stream):
+                self._forward(static)  # what is made once for a shape is not captured
+            # Other threads allocate meanwhile; this one does not wait for them.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                logits = self._forward(static)
+
+        def replay(rgb: Block) -> Block:
+            with torch.cuda.stream(stream):
+                static.copy_(_images(rgb, shape), non_blocking=True)
+                graph.replay()
+            return _block(logits)
+
+        return replay
+
+    def _forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self._module(rgb).contiguous()
+
+    def _settings(self) -> Any:
+        """cuDNN's settings for a run: "fp32" means it, and a shape gives the same bits every time."""
+        exact = self._precision == "fp32"
+        return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=not exact)
+
+    def drop(self) -> None:
+        super().drop()
+        self._logits = self._pool = None
+
+    def close(self) -> None:
+        self.drop()
+        self._module = None
+
+
+def _images(rgb: Block, shape: Shape) -> torch.Tensor:
+    n, h, w = shape
+    return rgb.holder[: n * h * w * 3].view(n, h, w, 3)
+
+
+def _block(logits: torch.Tensor) -> Block:
+    held = logits.view(-1).view(torch.uint8)
+    return Block(held.data_ptr(), len(held), held)
+
+
+class TorchEngine(GpuEngine):
+    """Runs a plan with PyTorch on `device` in "fp16" or "fp32"."""
+
+    def __init__(self, plan: Plan, device: str, precision: str, report: Report = lambda line: None):
+        memory = TorchMemory(device)
+        with memory.current():
+            network = TorchNetwork(plan, device, precision, report)
+        where = f" on {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+        super().__init__(
+            memory, network, name=f"PyTorch {torch.__version__}{where}", precision=precision, report=report
+        )
