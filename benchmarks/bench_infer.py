@@ -33,7 +33,7 @@ FIELDS = 4
 
 def time_engine(plan: Plan, precision: str, fields: list[np.ndarray], images: int) -> float:
     """Seconds for `images` runs of the bare engine, one after the other, with two requests in flight."""
-    with open_engine(plan, precision=precision) as engine:
+    with open_engine(plan, device="cpu", precision=precision) as engine:
         slots = engine.slots(2)
         fields = [pad_to_stride(field, plan.stride) for field in fields]
         for slot in slots:  # the first run of a shape allocates
@@ -55,7 +55,7 @@ def time_engine(plan: Plan, precision: str, fields: list[np.ndarray], images: in
 def time_infer(plan: Plan, precision: str, folder: Path, out: Path) -> tuple[float, dict]:
     """Seconds of a whole `infer`, from the call to the last file, engine start included; and run.json."""
     started = time.perf_counter()
-    _, record = infer(plan, [str(folder)], out, InferOptions(precision=precision, postprocess="none"))
+    _, record = infer(plan, [str(folder)], out, InferOptions(device="cpu", precision=precision, postprocess="none"))
     return time.perf_counter() - started, record
 
 

@@ -1,6 +1,6 @@
 """Noise out of class maps, after the network: what the paper's section 6.2 misses in its results.
 
-Three steps, each off by default, applied in this order:
+Three steps, each off unless asked for, applied in this order:
 
 - a dense conditional random field over the scores, which draws borders along those of the image
   (Chen et al., "DeepLab", 2014 to 2017, the paper's reference [11]; Kraehenbuehl and Koltun, NIPS 2011);
@@ -119,10 +119,11 @@ class PostProcessing:
             parts = ["crf", *(text.removesuffix(".0") for text in changed), *parts]
         return ",".join(parts) or "none"
 
-    @property
-    def max_pixels(self) -> int:
-        """Pixels of the largest image that these steps take."""
-        return MAX_REGION_PIXELS if self.crf is None else MAX_CRF_PIXELS
+    def within(self, pixels: int) -> PostProcessing:
+        """Those of these steps that take an image of so many pixels."""
+        if pixels > MAX_REGION_PIXELS:
+            return NO_STEPS
+        return dataclasses.replace(self, crf=None) if pixels > MAX_CRF_PIXELS else self
 
     @classmethod
     def parse(cls, text: str) -> PostProcessing:

@@ -15,7 +15,8 @@ def command(
     checkpoint: Path = typer.Argument(..., metavar="CHECKPOINT", help="best.safetensors of a training."),
     out: Path = typer.Option(..., "-o", "--out", help="The plan file to write."),
     precision: str = typer.Option(
-        "auto", help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16 or int8."
+        "auto",
+        help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16, int8, or fp16 on a GPU.",
     ),
     calibrate: Path = typer.Option(
         None, metavar="DIR", help="Images, or a data folder: adds int8, calibrates probabilities, measures precisions."

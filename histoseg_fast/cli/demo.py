@@ -24,7 +24,7 @@ def command(
     told, code = [], 0
     for name in SHIPPED:
         results = out / name
-        code = code or infer.command(
+        ended = infer.command(
             [folder or str(fields)],
             engine=name,
             out=results,
@@ -37,6 +37,9 @@ def command(
             probabilities=False,
             postprocess="plan",
         )
+        if ended >= 128:
+            return ended
+        code = code or ended
         score = "" if folder else f"; {score_fields(out, results):.1%} of the made-up fields' pixels right"
         told.append(f"{name}: {speed(results)}{score}; look at {results / 'overlays'} and {results / 'masks'}")
     print("\n".join([*told, "red cancer, green stroma, black background; docs/networks.md says when to use which"]))
@@ -44,10 +47,12 @@ def command(
 
 
 def speed(results: Path) -> str:
-    """Images a second of the run in `results`, engine start included."""
+    """Images a second of the run in `results`, engine start included; "already done" where there was nothing to do."""
     import json
 
     record = json.loads((results / "run.json").read_text())
+    if not record["images_done"]:
+        return "already done" if record["images_skipped"] else "nothing done"
     return f"{record['images_done'] / record['wall_seconds']:.2f} images/s"
 
 

@@ -24,7 +24,7 @@ REPORT_SECONDS = 10.0
 
 def command(
     inputs: list[str] = typer.Argument(..., metavar="INPUT...", help="Images, folders (recursive) or glob patterns."),
-    engine: str = typer.Option("final", help="A plan file, or the name of a shipped plan."),
+    engine: str = typer.Option("fast", help="A plan file, or a shipped plan: fast, or final (the paper's)."),
     out: Path = typer.Option(Path("out"), help="Folder for masks/, summary.csv, manifest.jsonl and run.json."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 or several: cuda:0,1."),
     precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on GPUs fp16 or fp32."),
@@ -141,4 +141,4 @@ class Display:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr)
+            sys.stderr.write(f"{line}\n")  # in one piece: several threads tell what they finished

@@ -13,7 +13,7 @@ SCORES = {"cross_entropy": "cross entropy", "pixel_accuracy": "accuracy", "mean_
 
 
 def command(
-    plan: str = typer.Argument("final", metavar="PLAN", help="A plan file, or a shipped plan's name."),
+    plan: str = typer.Argument("fast", metavar="PLAN", help="A plan file, or a shipped plan's name."),
     as_json: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
 ) -> None:
     """Verify a plan and show what it holds: network, classes, precisions, scores, members."""

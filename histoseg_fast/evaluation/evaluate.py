@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from histoseg_fast.data import Pair, find_pairs, load_pair
+from histoseg_fast.data import find_pairs, load_pair
 from histoseg_fast.engines import open_engine, run_tiled
-from histoseg_fast.errors import DataError, ImageError, UsageError
+from histoseg_fast.errors import DataError, ImageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.plan import Plan
-from histoseg_fast.postprocess import PostProcessing
 
 
 def evaluate(
@@ -35,7 +34,7 @@ def evaluate(
     `open_engine`'s.
     Keys: those of `Scores.as_json`, and engine, precision, device, postprocess, plan, plan_sha256, split. Raises
     DataError (bad folder, empty split), LabelError, ImageError, EngineError, UsageError (post-processing that is
-    not known, or takes no image of this size).
+    not known). An image that is too large for a step is scored without it, as `infer` does it.
     """
     steps = plan.choose_postprocess(postprocess)
     pairs = [pair for pair in find_pairs(root) if split in ("", pair.split)]
@@ -46,7 +45,7 @@ def evaluate(
         for i, pair in enumerate(pairs):
             rgb, labels = load_pair(pair, plan.palette, tolerance)
             logits = run_tiled(engine, plan, rgb, plan.tile)
-            predicted = _post_process(steps, pair, rgb, logits)
+            predicted = steps.within(labels.size).apply(rgb, logits).ids
             scores.add(logits, labels, predicted)
             if figures is not None:
                 _draw(figures / f"{pair.image.stem}.png", rgb, labels, predicted, plan)
@@ -54,13 +53,6 @@ def evaluate(
         ran = {"engine": engine.name, "precision": engine.precision, "device": engine.device}
     known = {"plan": plan.name, "plan_sha256": plan.sha256, "postprocess": steps.as_json(), "split": split or "all"}
     return {**scores.as_json(), **ran, **known}
-
-
-def _post_process(steps: PostProcessing, pair: Pair, rgb: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    try:
-        return steps.apply(rgb, logits).ids
-    except UsageError as error:
-        raise UsageError(error.what, where=pair.image, fix=error.fix) from None
 
 
 def _draw(path: Path, rgb: np.ndarray, labels: np.ndarray, predicted: np.ndarray, plan: Plan) -> None:

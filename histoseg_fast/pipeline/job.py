@@ -82,7 +82,7 @@ class Job:
     """An image whose tiles are in the pipeline.
 
     With post-processing, which looks at the whole image, its bands are views of one array that is kept until the last
-    is there; an image that is too large for that goes without, which `warnings` say.
+    is there; an image that is too large for a step goes without it, which `warnings` say.
     """
 
     source: Source
@@ -98,8 +98,7 @@ class Job:
         self.counts = np.zeros(classes, np.uint64)
         self.confidence = np.zeros(classes, np.uint64)
         wanted, pixels = self.outputs.postprocess, self.grid.height * self.grid.width
-        self._too_large = wanted != NO_STEPS and pixels > wanted.max_pixels
-        self._steps = NO_STEPS if self._too_large else wanted
+        self._steps = wanted.within(pixels)
         self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
         self._writers: dict[str, MaskWriter | OverlayWriter | ProbabilityWriter] = {}
@@ -109,10 +108,10 @@ class Job:
     @property
     def warnings(self) -> list[str]:
         """What a reader of the results should know, one clause each."""
-        if not self._too_large:
+        wanted, pixels = self.outputs.postprocess, self.grid.height * self.grid.width
+        if self._steps == wanted:
             return self.image.warnings
-        pixels, most = self.grid.height * self.grid.width, self.outputs.postprocess.max_pixels
-        return [*self.image.warnings, f"not post-processed: its {pixels} pixels are over the limit of {most}"]
+        return [*self.image.warnings, f"post-processed with {self._steps}, not {wanted}: it has {pixels} pixels"]
 
     def fail(self, error: HistosegError) -> bool:
         """Record the first error of this image; whether this was it."""

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SUFFIXES
+from histoseg_fast.pipeline.records import MANIFEST
 
 OUTPUT_FOLDERS = ("masks", "overlays", "probabilities")
 """Folders of results in `out`; never read as input."""
@@ -80,6 +81,8 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
 def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
     skip = {os.path.realpath(out), *_results(out)}
     for folder, folders, files in os.walk(root, onerror=_unlisted):
+        if MANIFEST in files:  # what another run wrote is no input
+            folders[:] = [f for f in folders if f not in OUTPUT_FOLDERS]
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in skip
         )

@@ -248,6 +248,9 @@ class Stream:
                 except EngineError as error:
                     self._fail(tile.job, error)
                     continue
+                except MemoryError:
+                    self._fail(tile.job, _out_of_memory(tile.job))
+                    continue
                 if band is not None:
                     bands.append((tile.job, band))
                     self.totals.segmented += band.pixels.classes.size
@@ -293,9 +296,12 @@ class Stream:
                 assert job.error is not None
                 raise job.error
             with _Timer(job, "write"):
-                if not job.write(band):
-                    return False
-                entry |= job.finish()
+                try:
+                    if not job.write(band):
+                        return False
+                    entry |= job.finish()
+                except MemoryError:
+                    raise _out_of_memory(job) from None
         except Interrupted:
             job.abandon()
             return True
@@ -327,6 +333,12 @@ class Stream:
             for stage, seconds in entry.get("seconds", {}).items():
                 self.totals.stage_seconds[stage] += seconds
         self.on_image(entry)
+
+
+def _out_of_memory(job: Job) -> EngineError:
+    return EngineError(
+        "not enough memory for this image", where=job.source.name, fix="--postprocess none holds less of it"
+    )
 
 
 class Interrupted(HistosegError):

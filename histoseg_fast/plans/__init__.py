@@ -9,7 +9,7 @@ from histoseg_fast.errors import UsageError
 from histoseg_fast.plan import Plan, read_plan
 
 FOLDER = Path(__file__).parent
-SHIPPED = ("final", "fast")
+SHIPPED = ("fast", "final")
 
 
 def open_plan(name: str) -> Plan:

@@ -292,6 +292,16 @@ def test_tensorrt_failing_is_an_error_with_its_reason(gpus, tiny_plan, fault):
     cuda.check_nothing_left()
 
 
+def test_an_engine_that_tensorrt_does_not_take_is_an_error(gpus, tiny_plan):
+    cuda = gpus.start()
+    gpus.open(tiny_plan).close()
+    gpus.trt.faults.add("deserialise returns None")
+    with pytest.raises(EngineError, match=r"TensorRT 11.4.0.106 rejects the engine .*magicTag") as caught:
+        gpus.open(tiny_plan)
+    assert str(caught.value).isprintable() and "rejects" in gpus.lines[0]  # why the one in the cache is built anew
+    cuda.check_nothing_left()
+
+
 def test_a_device_that_fails_while_it_runs_is_an_error_and_closing_still_works(gpus, tiny_plan):
     cuda = gpus.start()
     engine = gpus.open(tiny_plan)

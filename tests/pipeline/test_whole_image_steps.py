@@ -79,22 +79,25 @@ def test_the_steps_are_those_of_the_whole_image(
 
 
 @pytest.mark.parametrize(
-    ("steps", "limit"),
-    [("min_island=30,majority_radius=1", "MAX_REGION_PIXELS"), ("crf,min_island=30", "MAX_CRF_PIXELS")],
+    ("steps", "left", "limit"),
+    [
+        ("majority_radius=1,min_island=30", "none", "MAX_REGION_PIXELS"),
+        ("crf,min_island=30", "min_island=30", "MAX_CRF_PIXELS"),
+    ],
 )
 def test_an_image_over_the_limit_goes_without_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, limit: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, left: str, limit: str
 ) -> None:
     monkeypatch.setattr(postprocess, limit, 40 * 50)
     make_pictures(tmp_path / "in", 1, 40, 50)
     write_png(tmp_path / "in" / "large.png", picture(5, 41, 50))
-    run_stream(FakeEngine(), tmp_path / "in", tmp_path / "plain", tile=16, overlay=True)
+    run_stream(FakeEngine(), tmp_path / "in", tmp_path / "plain", tile=16, overlay=True, postprocess=left)
     totals = run_stream(FakeEngine(), tmp_path / "in", tmp_path / "out", tile=16, overlay=True, postprocess=steps)
     assert (totals.done, totals.failed) == (2, 0)
     lines, plain = entries(tmp_path / "out"), entries(tmp_path / "plain")
     assert lines["image_000.png"]["warnings"] == []
-    assert lines["image_000.png"]["mask_sha256"] != plain["image_000.png"]["mask_sha256"]
-    assert lines["large.png"]["warnings"] == ["not post-processed: its 2050 pixels are over the limit of 2000"]
+    assert left != "none" or lines["image_000.png"]["mask_sha256"] != plain["image_000.png"]["mask_sha256"]
+    assert lines["large.png"]["warnings"] == [f"post-processed with {left}, not {steps}: it has 2050 pixels"]
     for key in ("mask_sha256", "overlay_sha256", "pixels", "mean_confidence"):
         assert lines["large.png"][key] == plain["large.png"][key]
 
