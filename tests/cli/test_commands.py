@@ -426,6 +426,18 @@ def test_demo_on_a_folder_of_ones_own(run, fails, shipped, data, tmp_path):
     fails("demo", tmp_path / "nowhere", "--out", tmp_path / "demo", code=2, words=["no such file or folder"])
 
 
+def test_demo_inside_its_own_folder_with_a_bad_file(run, shipped, data, tmp_path):
+    """Both plans run, the exit code is that of `infer`, and neither takes the other's results for images."""
+    folder = data[0] / "images"
+    (folder / "bad.png").write_bytes(b"hello")
+    for again in (False, True):
+        code, out, _ = run("demo", folder, "--out", folder / "demo")
+        assert code == 3
+        for name in ("fast", "final"):
+            assert len(list((folder / "demo" / name / "masks").rglob("*.png"))) == 3
+            assert f"{name}: already done; look at" in out if again else f"{name}: " in out
+
+
 # -- the plan that ships ---------------------------------------------------------------------------
 
 
