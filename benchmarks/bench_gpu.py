@@ -27,8 +27,8 @@ from histoseg_fast import _core
 from histoseg_fast.engines import open_engine
 from histoseg_fast.engines.devices import LIBRARY_VARIABLE
 from histoseg_fast.engines.gpu import GpuEngine
-from histoseg_fast.engines.torch_cuda import rebuild
 from histoseg_fast.images import write_png
+from histoseg_fast.models.network import rebuild
 from histoseg_fast.pipeline.run import InferOptions, infer
 from histoseg_fast.plan import Plan
 from histoseg_fast.plans import open_plan

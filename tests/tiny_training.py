@@ -23,7 +23,7 @@ class TinyNetwork(nn.Module):
 
     poison: ClassVar[Callable[[torch.Tensor, bool], bool] | None] = None
 
-    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0):
+    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False):
         super().__init__()
         self.stride = 4
         self.body = nn.Sequential(

@@ -22,7 +22,7 @@ def command(
     decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
     crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
     weights: str = typer.Option(
-        "imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint."
+        "imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint or plan."
     ),
     seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
     loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5,distil=1."),
@@ -35,7 +35,8 @@ def command(
     extra: list[str] = typer.Option(
         [], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."
     ),
-    teacher: str = typer.Option("", metavar="FILE", help="Checkpoint to learn from, with the loss term distil."),
+    teacher: str = typer.Option("", metavar="FILE", help="Checkpoint or plan to learn from (loss term distil)."),
+    batch_norm: bool = typer.Option(False, "--batch-norm", help="Batch norms in training, folded when compiled."),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
@@ -85,6 +86,7 @@ def command(
         extra=tuple(map(folder_and_scale, extra)),
         teacher=teacher,
         average=average,
+        batch_norm=batch_norm,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],
         palette=Palette.parse(palette) if palette else PAPER_PALETTE,

@@ -28,7 +28,7 @@ from histoseg_fast.labels import Palette
 from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.fast import FastNetwork
-from histoseg_fast.models.network import make_network
+from histoseg_fast.models.network import PaperNetwork, make_network
 from histoseg_fast.plan import DEFAULT_GATE, MODEL, Plan, pack, unpack, write_plan
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.training.checkpoint import read_checkpoint
@@ -37,21 +37,21 @@ DEFAULT_TILE = 1152
 """Holds a 1128x720 image whole, and keeps 90 % of a tile's pixels at the final network's halo."""
 
 
-def load_network(checkpoint: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_network(checkpoint: str | Path) -> tuple[PaperNetwork | FastNetwork, dict[str, Any]]:
     """The network of a checkpoint, without batch norms, and the checkpoint's description.
 
     Raises PlanError if they do not fit.
     """
     tensors, description = read_checkpoint(checkpoint)
     _check_description(description, checkpoint)
-    network = make_network(description["arch"], len(description["classes"]))
+    batch_norm = any(name.endswith(".running_var") for name in tensors)
+    network = make_network(description["arch"], len(description["classes"]), batch_norm=batch_norm)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise PlanError(f"does not hold a network {description['arch']!r} ({reason})", where=checkpoint) from error
-    network.eval()
-    return (network.fold() if isinstance(network, FastNetwork) else network), description
+    return network.fold(), description
 
 
 def _check_description(description: dict[str, Any], checkpoint: str | Path) -> None:

@@ -13,44 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 from torch import nn
 
 from histoseg_fast import _core
 from histoseg_fast.engines.gpu import GpuEngine, Network, Report, Shape
 from histoseg_fast.engines.memory import Block, Memory, OutOfMemory, failure
-from histoseg_fast.errors import EngineError, HistosegError, PlanError
-from histoseg_fast.models.architectures import ARCHITECTURES
-from histoseg_fast.models.fast import FastNetwork
-from histoseg_fast.models.network import UInt8Network, make_network
-from histoseg_fast.plan import MODEL, Plan
+from histoseg_fast.errors import EngineError, HistosegError
+from histoseg_fast.models.network import rebuild
+from histoseg_fast.plan import Plan
 
 COMPILE_VARIABLE = "HISTOSEG_TORCH_COMPILE"
 """Set to 1: torch.compile, which joins biases and ReLUs to the convolutions; minutes for every new shape."""
-
-
-def rebuild(plan: Plan) -> UInt8Network:
-    """The plan's network with its weights, fp32, on the CPU. Raises EngineError, PlanError if they do not fit."""
-    arch, classes = plan.manifest["arch"], len(plan.palette.names)
-    if arch not in ARCHITECTURES:
-        raise EngineError(f"PyTorch cannot rebuild a network {arch!r}", where=plan.path, fix="use --device cpu")
-    network = UInt8Network(FastNetwork(classes, folded=True) if arch == "fast" else make_network(arch, classes))
-    try:
-        found = onnx.load_from_string(plan.members[MODEL]).graph.initializer
-        tensors = {tensor.name: tensor for tensor in found}
-        state = {
-            name: torch.from_numpy(numpy_helper.to_array(tensors[name.removeprefix("network.")]).astype(np.float32))
-            for name in network.state_dict()
-        }
-        network.load_state_dict(state)
-    except Exception as error:  # whatever a damaged model makes two readers raise
-        reason = " ".join(str(error).split())[:200]
-        raise PlanError(
-            f"{MODEL} does not hold the tensors of a network {arch!r} ({reason})", where=plan.path
-        ) from error
-    return network.eval().requires_grad_(False)
 
 
 class _Half(nn.Module):

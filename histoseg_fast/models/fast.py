@@ -7,14 +7,14 @@ convolutions of 16n channels, strided ones, nearest upsampling and a pixel shuff
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from histoseg_fast.models.norms import fold_norms
 
 WIDTHS = (32, 64, 128, 192, 256)
 """Channels at strides 2, 4, 8, 16 and 32."""
@@ -66,13 +66,7 @@ class FastNetwork(nn.Module):
     def fold(self) -> FastNetwork:
         """The same function, for inference, without batch norms: their running statistics go into the convolutions."""
         folded = FastNetwork(self.classes, folded=True).to(self.logits.weight)
-        folded.logits.load_state_dict(self.logits.state_dict())
-        trained = deepcopy(self).eval()
-        layers = {name: module for name, module in trained.named_modules() if isinstance(module, nn.Sequential)}
-        for name, module in folded.named_modules():
-            if isinstance(module, nn.Sequential) and isinstance(module[0], nn.Conv2d):
-                convolution, norm = layers[name][:2]
-                module[0].load_state_dict(fuse_conv_bn_eval(convolution, norm).state_dict())
+        fold_norms(self, folded)
         return folded.eval()
 
 

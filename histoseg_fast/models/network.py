@@ -5,23 +5,34 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import nn
 
-from histoseg_fast.errors import PlanError, UsageError
+from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.models import architectures
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, Layer
 from histoseg_fast.models.fast import FastNetwork
+from histoseg_fast.models.norms import fold_norms
+from histoseg_fast.plan import MODEL, Plan
+from histoseg_fast.plans import SHIPPED, open_plan
 
 
-def make_network(arch: str, classes: int = 3, dropout: float = 0.0) -> PaperNetwork | FastNetwork:
-    """The network `arch` with random weights. Raises UsageError if there is none of that name."""
+def make_network(
+    arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False
+) -> PaperNetwork | FastNetwork:
+    """The network `arch` with random weights. Raises UsageError if there is none of that name.
+
+    `batch_norm` trains one of the paper's networks with batch norms, which `fold` removes; `fast` always has them.
+    """
     architectures.check_architecture(arch)
-    return FastNetwork(classes, dropout) if arch == "fast" else PaperNetwork(arch, classes, dropout)
+    return FastNetwork(classes, dropout) if arch == "fast" else PaperNetwork(arch, classes, dropout, batch_norm)
 
 
 class PaperNetwork(nn.Module):
@@ -29,17 +40,18 @@ class PaperNetwork(nn.Module):
 
     H and W must be multiples of `stride`. Tensor names are `features.conv1_1.weight`, `head.up2.bias`
     and so on; they are the names in checkpoints and in the plan's ONNX member. In training, `dropout` is the share
-    of channels that the last convolution does not see.
+    of channels that the last convolution does not see. With `batch_norm` each layer but the last has a batch norm
+    (Ioffe and Szegedy, 2015) before its ReLU: training goes further in less time, and `fold` gives the paper's network.
     """
 
     joined = ()
     """Convolutions whose outputs are added to others before a ReLU: none."""
 
-    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0):
+    def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False):
         super().__init__()
         self.arch, self.classes, self.stride = arch, classes, architectures.stride(arch)
-        self.features, channels = _stack(architectures.features(arch), 3)
-        self.head, _ = _stack(architectures.head(arch, classes), channels, last_relu=False, dropout=dropout)
+        self.features, channels = _stack(architectures.features(arch), 3, batch_norm)
+        self.head, _ = _stack(architectures.head(arch, classes), channels, batch_norm, logits=True, dropout=dropout)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # fan_out of a 2x2 stride-2 transposed convolution is what one output pixel sums over.
@@ -50,9 +62,15 @@ class PaperNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
+    def fold(self) -> PaperNetwork:
+        """The same function, for inference, as the paper draws it: batch norms become part of the layers before."""
+        folded = PaperNetwork(self.arch, self.classes).to(self.head.logits.weight)
+        fold_norms(self, folded)
+        return folded.eval()
+
 
 def _stack(
-    layers: tuple[Layer, ...], channels: int, last_relu: bool = True, dropout: float = 0.0
+    layers: tuple[Layer, ...], channels: int, batch_norm: bool, logits: bool = False, dropout: float = 0.0
 ) -> tuple[nn.Sequential, int]:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for i, layer in enumerate(layers):
@@ -66,7 +84,9 @@ def _stack(
         else:
             modules[layer.name] = nn.ConvTranspose2d(channels, layer.channels, 2, stride=2)
         channels = layer.channels
-        if last_relu or i < len(layers) - 1:
+        if not logits or i < len(layers) - 1:
+            if batch_norm:
+                modules[f"{layer.name}_norm"] = nn.BatchNorm2d(channels)
             modules[f"{layer.name}_relu"] = nn.ReLU(inplace=True)
     return nn.Sequential(modules), channels
 
@@ -83,8 +103,11 @@ class UInt8Network(nn.Module):
         self.register_buffer("shift", shift.view(1, 3, 1, 1))
 
     def forward(self, rgb: torch.Tensor) -> torch.Tensor:
-        x = rgb.permute(0, 3, 1, 2).float()
-        return self.network(x * self.scale + self.shift).float()
+        return self.network(self.normalise(rgb)).float()
+
+    def normalise(self, rgb: torch.Tensor) -> torch.Tensor:
+        """What the network sees of uint8 RGB (N, H, W, 3): float32 (N, 3, H, W), of ImageNet's mean and deviation."""
+        return rgb.permute(0, 3, 1, 2).float() * self.scale + self.shift
 
 
 # torchvision numbers VGG16's layers in one sequence; these are the convolutions that the paper's networks use.
@@ -93,28 +116,31 @@ _TORCHVISION = {"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv2_2": 7, "conv3_1
 _NORMALISED = {"conv1_1": 2, "conv1_2": 5, "conv2_1": 9, "conv2_2": 12, "conv3_1": 16, "conv3_2": 19}
 
 
-def load_features(network: nn.Module, source: str) -> list[str]:
-    """Load ImageNet weights into `network.features`, or a checkpoint into all of it; return the layers that were set.
+@dataclass(frozen=True)
+class Loaded:
+    """Names of the `layers` that were set. `unsettled`: their batch norms were not, `settle_norms` wants `biases`."""
+
+    layers: list[str]
+    unsettled: bool = False
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def load_features(network: nn.Module, source: str) -> Loaded:
+    """Load ImageNet weights into `network.features`, or a whole network into all of it; return what was set.
 
     A network without VGG16's layers starts from random weights for "imagenet" too.
 
     `source` is "imagenet" (torchvision's VGG16 file, downloaded once and checked against the hash in its
     name), "none", or a local file: torchvision's .pth (loaded without running pickled code), .safetensors
     or .npz with torchvision's names, an .npz of activation-normalised VGG weights (0 = 1x1 preprocessing), or a
-    checkpoint of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file does
-    not hold such weights.
+    checkpoint or plan of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file
+    does not hold such weights.
     """
-    if source == "none":
-        return []
-    if source == "imagenet" and not hasattr(network, "features"):
-        return []
-    tensors = _imagenet() if source == "imagenet" else _read_tensors(Path(source))
-    if tensors.keys() == network.state_dict().keys():
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise PlanError("is a checkpoint of another architecture", where=source) from error
-        return sorted({name.rpartition(".")[0] for name in tensors})
+    if source == "none" or (source == "imagenet" and not hasattr(network, "features")):
+        return Loaded([])
+    tensors = _imagenet() if source == "imagenet" else _read_tensors(source)
+    if (whole := _load_whole(network, tensors, source)) is not None:
+        return whole
     if not hasattr(network, "features"):
         raise PlanError(f"is no checkpoint of the network {network.arch!r}", where=source)
     names = {n.removeprefix("features."): t for n, t in tensors.items()}
@@ -139,7 +165,53 @@ def load_features(network: nn.Module, source: str) -> list[str]:
             raise PlanError("holds 1x1 preprocessing (0) without its bias or without conv1_1 (2)", where=source)
         _fold_preprocessing(state, names)
     network.features.load_state_dict(state)
-    return loaded
+    return Loaded([f"features.{layer}" for layer in loaded], unsettled=True)
+
+
+def _load_whole(network: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> Loaded | None:
+    """Load `tensors` if their names are those of `network`, or of its folded form; None if they are not."""
+    state = network.state_dict()
+    folded = network.fold().state_dict().keys()
+    if tensors.keys() not in (state.keys(), folded):
+        if any(name.endswith("_norm.running_var") for name in tensors):
+            raise PlanError("was trained with batch norms, or another network was", where=source, fix="--batch-norm")
+        return None
+    known = {name: tensor for name, tensor in tensors.items() if name in state}
+    try:
+        network.load_state_dict(known, strict=False)
+    except RuntimeError as error:
+        raise PlanError("is a checkpoint of another architecture", where=source) from error
+    layers = sorted({name.rpartition(".")[0] for name in known})
+    # `fast` has no bias before a norm; what its folded form holds there becomes part of the norm's shift.
+    biases = {name.removesuffix(".bias"): tensor for name, tensor in tensors.items() if name not in known}
+    return Loaded(layers, unsettled=tensors.keys() != state.keys(), biases=biases)
+
+
+def is_plan(source: str) -> bool:
+    """Whether `source` names a plan: a shipped one, or a file with that suffix."""
+    return source in SHIPPED or source.endswith(".plan")
+
+
+def rebuild(plan: Plan) -> UInt8Network:
+    """The plan's network with its weights, fp32, on the CPU. Raises EngineError, PlanError if they do not fit."""
+    arch = plan.manifest["arch"]
+    if arch not in architectures.ARCHITECTURES:
+        raise EngineError(f"PyTorch cannot rebuild a network {arch!r}", where=plan.path, fix="use --device cpu")
+    network = UInt8Network(make_network(arch, len(plan.palette.names)).fold())
+    try:
+        found = onnx.load_from_string(plan.members[MODEL]).graph.initializer
+        tensors = {tensor.name: tensor for tensor in found}
+        state = {
+            name: torch.from_numpy(numpy_helper.to_array(tensors[name.removeprefix("network.")]).astype(np.float32))
+            for name in network.state_dict()
+        }
+        network.load_state_dict(state)
+    except Exception as error:  # whatever a damaged model makes two readers raise
+        reason = " ".join(str(error).split())[:200]
+        raise PlanError(
+            f"{MODEL} does not hold the tensors of a network {arch!r} ({reason})", where=plan.path
+        ) from error
+    return network.eval().requires_grad_(False)
 
 
 def _fold_preprocessing(state: dict[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> None:
@@ -167,7 +239,10 @@ def _imagenet() -> Mapping[str, torch.Tensor]:
         raise PlanError(f"the downloaded VGG16 file is damaged ({error})", fix="run again to download anew") from error
 
 
-def _read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_tensors(source: str) -> Mapping[str, torch.Tensor]:
+    if is_plan(source):
+        return rebuild(open_plan(source)).network.state_dict()
+    path = Path(source)
     tensors = _read_file(path)
     if not isinstance(tensors, Mapping):
         raise PlanError("holds no named tensors", where=path, fix="give torchvision's vgg16 file")

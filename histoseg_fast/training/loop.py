@@ -20,7 +20,9 @@ from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.network import UInt8Network, load_features, make_network
+from histoseg_fast.models.network import Loaded, UInt8Network, is_plan, load_features, make_network, rebuild
+from histoseg_fast.models.norms import settle_norms
+from histoseg_fast.plans import open_plan
 from histoseg_fast.tiling import pad_to_stride
 from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from histoseg_fast.training.crops import CropDataset
@@ -31,6 +33,8 @@ from histoseg_fast.training.progress import draw
 MAX_WORKERS = 8
 MAX_NAMED_LAYERS = 8
 """A report names the layers that were loaded up to so many; a whole checkpoint has more."""
+SETTLING_CROPS = 32
+"""Crops whose statistics the batch norms behind trained layers start from."""
 BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.jsonl"
 
 
@@ -90,7 +94,7 @@ class _Run:
     ):
         self.out, self.options, self.report, self.processes = out, options, report, processes
         torch.manual_seed(options.seed)
-        self.network = make_network(options.arch, len(options.palette.names), options.dropout)
+        self.network = make_network(options.arch, len(options.palette.names), options.dropout, options.batch_norm)
         options.check(self.network.stride)
         self.device = processes.device
         self.dtype, self.loss = options.autocast_dtype(self.device), options.make_loss()
@@ -107,9 +111,12 @@ class _Run:
             self._prepare()
             self._resume()
         else:
-            layers = load_features(self.network, options.weights)
+            loaded = load_features(self.network, options.weights)
+            layers = [name.removeprefix("features.") for name in loaded.layers]
             what = ", ".join(layers) if len(layers) <= MAX_NAMED_LAYERS else f"{len(layers)} layers"
             self.report(f"weights of {what} from {options.weights}" if layers else "weights: random")
+            if loaded.unsettled:
+                self._settle(loaded)
             self._prepare()
             if processes.first:
                 write_whole(out / HISTORY, b"")  # a folder that cannot be written is told before the first epoch
@@ -122,9 +129,20 @@ class _Run:
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr, weight_decay=self.options.l2)
         self.average = {n: p.detach().clone() for n, p in self.network.state_dict().items()}
 
+    def _settle(self, loaded: Loaded) -> None:
+        """Batch norms behind layers that were trained without them start as what these layers give on some crops."""
+        items = np.random.default_rng(self.options.seed).permutation(len(self.data))[:SETTLING_CROPS]
+        rgb = torch.stack([self.data[int(item)][0] for item in items])
+        settle_norms(self.network, loaded.layers, loaded.biases, UInt8Network(self.network).normalise(rgb))
+
     def _load_teacher(self) -> UInt8Network:
-        network, description = load_network(self.options.teacher)
-        if description["classes"] != list(self.options.palette.names):
+        if is_plan(self.options.teacher):
+            plan = open_plan(self.options.teacher)
+            network, classes = rebuild(plan).network, plan.palette.names
+        else:
+            network, description = load_network(self.options.teacher)
+            classes = tuple(description["classes"])
+        if classes != self.options.palette.names:
             raise PlanError("has other classes than the training", where=self.options.teacher)
         if self.options.crop % network.stride:
             raise UsageError(f"--crop {self.options.crop} is no multiple of the teacher's stride {network.stride}")

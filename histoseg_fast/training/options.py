@@ -28,7 +28,8 @@ class TrainingOptions:
     patience : stop after this many epochs without a better validation cross entropy (0: never).
     clip : the gradient's norm is scaled down to this (0: never).
     extra : more data folders whose train splits are trained on, each with the scale its images are resized by.
-    teacher : checkpoint of the network whose logits the loss term "distil" compares with ("": none).
+    batch_norm : train the paper's networks with batch norms, which compiling folds away.
+    teacher : checkpoint or plan of the network whose logits the loss term "distil" compares with ("": none).
     palette : classes and the colours they have in label images.
     precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
     compile : torch.compile the network; "auto" tries and says so when it does not work.
@@ -48,6 +49,7 @@ class TrainingOptions:
     l2: float = 0.0
     dropout: float = 0.0
     average: float = 0.0
+    batch_norm: bool = False
     patience: int = 0
     clip: float = 0.0
     extra: tuple[tuple[str, float], ...] = ()

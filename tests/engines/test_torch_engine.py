@@ -13,10 +13,11 @@ from random_networks import noise, plan_of
 from running import entries, make_pictures, picture, results, run_stream
 
 from histoseg_fast.engines import open_engine, run_tiled
-from histoseg_fast.engines.torch_cuda import TorchEngine, TorchMemory, rebuild
+from histoseg_fast.engines.torch_cuda import TorchEngine, TorchMemory
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.images import write_png
 from histoseg_fast.models.architectures import ARCHITECTURES
+from histoseg_fast.models.network import rebuild
 from histoseg_fast.plan import MODEL, pack, unpack
 
 TOLERANCE = 2e-5

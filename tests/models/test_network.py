@@ -20,7 +20,7 @@ from histoseg_fast.models.network import UInt8Network, load_features, make_netwo
 
 VGG = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)}
 NORMALISED = {2: (64, 3), 5: (64, 64), 9: (128, 64), 12: (128, 128), 16: (256, 128), 19: (256, 256)}
-NAMES = ["conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1", "conv3_2"]
+NAMES = [f"features.conv{i}" for i in ("1_1", "1_2", "2_1", "2_2", "3_1", "3_2")]
 
 
 def weights(shapes, prefix="features."):
@@ -79,7 +79,7 @@ def test_a_relu_follows_every_layer_but_the_last(arch):
 
 
 def test_tensor_names_are_the_layers():
-    expected = {f"features.{name}" for name in NAMES}
+    expected = set(NAMES)
     expected |= {f"head.{layer.name}" for layer in architectures.head("final", 3)}
     assert {name.rsplit(".", 1)[0] for name in make_network("final").state_dict()} == expected
 
@@ -102,22 +102,22 @@ def test_torchvision_weights(tmp_path, form, prefix):
     save = {"pth": torch.save, "safetensors": save_file, "npz": lambda t, p: np.savez(p, **t)}[form]
     save(tensors, path)
     network = make_network("final")
-    assert load_features(network, str(path)) == NAMES
+    assert load_features(network, str(path)).layers == NAMES
     for name, number in zip(NAMES, VGG, strict=False):
-        layer = getattr(network.features, name)
+        layer = network.get_submodule(name)
         assert torch.equal(layer.weight, tensors[f"{prefix}{number}.weight"])
         assert torch.equal(layer.bias, tensors[f"{prefix}{number}.bias"])
 
 
 def test_a_smaller_network_takes_what_it_has(tmp_path):
     torch.save(weights(VGG), tmp_path / "vgg.pth")
-    assert load_features(make_network("one"), str(tmp_path / "vgg.pth")) == NAMES[:4]
+    assert load_features(make_network("one"), str(tmp_path / "vgg.pth")).layers == NAMES[:4]
 
 
 def test_none_leaves_the_network_alone():
     network = make_network("one")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert load_features(network, "none") == []
+    assert load_features(network, "none").layers == []
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_gives_all_its_weights(tmp_path, arch):
             buffer.normal_()
     save_file(source.state_dict(), tmp_path / "c.safetensors")
     layers = {name.rpartition(".")[0] for name in source.state_dict()}
-    assert set(load_features(network, str(tmp_path / "c.safetensors"))) == layers
+    assert set(load_features(network, str(tmp_path / "c.safetensors")).layers) == layers
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
     with pytest.raises(PlanError, match="checkpoint of another architecture"):
         load_features(make_network(arch, 4), str(tmp_path / "c.safetensors"))
@@ -140,7 +140,7 @@ def test_a_network_without_vgg_layers(tmp_path):
     """ImageNet weights leave it as it is, and nothing is downloaded; other files are refused."""
     network = make_network("fast")
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert load_features(network, "imagenet") == []
+    assert load_features(network, "imagenet").layers == []
     torch.save(weights(VGG), tmp_path / "vgg.pth")
     save_file(make_network("one").state_dict(), tmp_path / "one.safetensors")
     for name in ("vgg.pth", "one.safetensors"):
@@ -153,7 +153,7 @@ def test_a_network_without_vgg_layers(tmp_path):
 def test_preprocessing_is_folded_into_the_first_convolution(tmp_path):
     np.savez(tmp_path / "vgg.npz", **normalised())
     network = make_network("final")
-    assert load_features(network, str(tmp_path / "vgg.npz")) == NAMES
+    assert load_features(network, str(tmp_path / "vgg.npz")).layers == NAMES
     tensors = {name: torch.from_numpy(value).double() for name, value in normalised().items()}
     rgb = torch.rand(1, 3, 20, 24, dtype=torch.float64)
     prepared = nn.functional.conv2d(rgb, tensors["0.weight"], tensors["0.bias"])
