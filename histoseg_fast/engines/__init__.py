@@ -15,7 +15,7 @@ from histoseg_fast.plan import MAX_TILE, Plan
 from histoseg_fast.tiling import TileGrid, pad_to_stride
 
 __all__ = ["DEVICES", "PRECISIONS", "Engine", "Slot", "check_precision"]
-__all__ += ["choose_gpu_precision", "choose_precision", "open_engine", "run_tiled"]
+__all__ += ["choose_gpu_precision", "choose_precision", "open_engine", "over_tiles", "run_tiled"]
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16")
 GPU_PRECISIONS = ("fp16", "fp32")
@@ -113,21 +113,33 @@ def run_tiled(engine: Engine, plan: Plan, image: np.ndarray, tile: int = MAX_TIL
 
     `tile` is the tile size in pixels, halo included; the default is one tile for the whole image.
     """
-    height, width = image.shape[:2]
-    grid = TileGrid.cover(height, width, tile, plan.halo, plan.stride)
-    padded = pad_to_stride(image, plan.stride)
-    logits = np.empty((len(plan.palette.names), grid.height, grid.width), np.float32)
     (slot,) = engine.slots(1)
     slot.wants = Wants(logits=True)
+
+    def run(outer: np.ndarray) -> np.ndarray:
+        slot.reshape(1, *outer.shape[:2])[0] = outer
+        engine.submit(slot)
+        engine.wait(slot)
+        assert slot.logits is not None
+        return slot.logits[0]
+
     with contextlib.closing(slot):
-        for i, row in enumerate(grid.rows):
-            for j, column in enumerate(grid.columns):
-                outer = padded[row.outer : row.outer_end, column.outer : column.outer_end]
-                slot.reshape(1, *grid.tile_shape)[0] = outer
-                engine.submit(slot)
-                engine.wait(slot)
-                assert slot.logits is not None
-                top, left, bottom, right = grid.core(i, j)
-                core = slot.logits[0, :, top:bottom, left:right]
-                logits[:, row.core : row.core_end, column.core : column.core_end] = core
+        return over_tiles(run, image, len(plan.palette.names), tile, plan.halo, plan.stride)
+
+
+def over_tiles(
+    run: Callable[[np.ndarray], np.ndarray], image: np.ndarray, classes: int, tile: int, halo: int, stride: int
+) -> np.ndarray:
+    """Logits float32 (classes, H, W) of `image`, RGB uint8 (H, W, 3), put together from those of its tiles.
+
+    `run` gives the logits (classes, h, w) of a tile, uint8 (h, w, 3); `tile`, `halo` and `stride` are in pixels.
+    """
+    grid = TileGrid.cover(*image.shape[:2], tile, halo, stride)
+    padded = pad_to_stride(image, stride)
+    logits = np.empty((classes, grid.height, grid.width), np.float32)
+    for i, row in enumerate(grid.rows):
+        for j, column in enumerate(grid.columns):
+            top, left, bottom, right = grid.core(i, j)
+            found = run(padded[row.outer : row.outer_end, column.outer : column.outer_end])
+            logits[:, row.core : row.core_end, column.core : column.core_end] = found[:, top:bottom, left:right]
     return logits

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,15 +16,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from histoseg_fast.compiling.compile import load_network
+from histoseg_fast.compiling.export import export_onnx
+from histoseg_fast.compiling.halo import measure
 from histoseg_fast.data import Pair, check_pairs, find_pairs, load_pair
+from histoseg_fast.engines import over_tiles
 from histoseg_fast.errors import DataError, EngineError, PlanError, UsageError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import Loaded, UInt8Network, is_plan, load_features, make_network, rebuild
 from histoseg_fast.models.norms import settle_norms
+from histoseg_fast.plan import MAX_TILE
 from histoseg_fast.plans import open_plan
-from histoseg_fast.tiling import pad_to_stride
 from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from histoseg_fast.training.crops import CropDataset
 from histoseg_fast.training.options import TrainingOptions
@@ -33,6 +37,9 @@ from histoseg_fast.training.progress import draw
 MAX_WORKERS = 8
 MAX_NAMED_LAYERS = 8
 """A report names the layers that were loaded up to so many; a whole checkpoint has more."""
+VALIDATED_WHOLE = 1 << 22
+"""Validation images of more pixels are validated in tiles: memory stays bounded."""
+VALIDATION_TILE = 1536
 SETTLING_CROPS = 32
 """Crops whose statistics the batch norms behind trained layers start from."""
 BEST, LAST, HISTORY = "best.safetensors", "last.safetensors", "history.jsonl"
@@ -268,19 +275,32 @@ class _Run:
             torch._foreach_lerp_([self.average[n] for n in real], [state[n] for n in real], 1 - keep)
 
     def validate(self) -> dict[str, Any]:
-        """Scores of the averaged weights on the whole validation images, in the precision of the training."""
+        """Scores of the averaged weights on the validation images, all of each, in the precision of the training."""
         current = {n: t.clone() for n, t in self.network.state_dict().items()}
         self.network.load_state_dict(self.average)
         scores = Scores(self.options.palette)
         with torch.inference_mode(), self._autocast():
             for pair in self.processes.share(self.val):
                 rgb, ids = load_pair(pair, self.options.palette, self.options.tolerance)
-                padded = torch.from_numpy(pad_to_stride(rgb, self.network.stride))
-                logits = self.model.eval()(padded[None].to(self.device))
-                scores.add(logits[0, :, : ids.shape[0], : ids.shape[1]].float().cpu().numpy(), ids)
+                scores.add(self._logits(rgb), ids)
         self.network.load_state_dict(current)
         scores.join(lambda rows: self.processes.gather(rows, len(self.val)))
         return scores.as_json()
+
+    def _logits(self, rgb: np.ndarray) -> np.ndarray:
+        """Logits float32 (C, H, W) of a whole image; a large one goes through the network in tiles, to the same end."""
+
+        def run(tile: np.ndarray) -> np.ndarray:
+            return self.model.eval()(torch.tensor(tile)[None].to(self.device))[0].float().cpu().numpy()
+
+        whole = rgb.shape[0] * rgb.shape[1] <= VALIDATED_WHOLE
+        tile, halo = (MAX_TILE, 0) if whole else (VALIDATION_TILE, self._halo)
+        return over_tiles(run, rgb, len(self.options.palette.names), tile, halo, self.network.stride)
+
+    @cached_property
+    def _halo(self) -> int:
+        """Of the network's tiles, in pixels; found from its graph, which takes seconds."""
+        return measure(export_onnx(make_network(self.options.arch).fold())).halo
 
     def _description(self, record: dict[str, Any]) -> dict[str, Any]:
         return {

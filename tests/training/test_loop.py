@@ -55,8 +55,17 @@ def test_the_best_checkpoint_says_all_that_using_it_needs(fit: Fit, tmp_path: Pa
     assert description["training"]["data"] == {"images": 2, "folder": "easy"}
 
 
-def test_validation_scores_are_those_of_whole_images(fit: Fit, tmp_path: Path) -> None:
-    """Against plain NumPy, on images whose sides are no multiples of the stride."""
+@pytest.mark.parametrize("tile", [None, 24])
+def test_validation_scores_are_those_of_whole_images(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int | None
+) -> None:
+    """Against plain NumPy, on images whose sides are no multiples of the stride; in tiles, too."""
+    tiles: list[int] = []
+    if tile is not None:
+        monkeypatch.setattr(loop, "VALIDATED_WHOLE", 0)
+        monkeypatch.setattr(loop, "VALIDATION_TILE", tile)
+        forward = loop.over_tiles
+        monkeypatch.setattr(loop, "over_tiles", lambda run, *a: forward(lambda x: tiles.append(1) or run(x), *a))
     rng = np.random.default_rng(2)
     pairs = {"t": easy_pair(rng, 24, 24), "v": easy_pair(rng, 30, 23), "w": easy_pair(rng, 9, 41)}
     root = write_folder(tmp_path / "data", pairs, {"t": "train", "v": "val", "w": "val"})
@@ -82,6 +91,7 @@ def test_validation_scores_are_those_of_whole_images(fit: Fit, tmp_path: Path) -
     iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
     assert best["val"]["mean_iou"] == pytest.approx(iou.mean(), abs=1e-6)
     assert best["val"]["images"] == 2 and best["val"]["pixels"] == pixels == 30 * 23 + 9 * 41
+    assert tile is None or len(tiles) > 4
 
 
 @pytest.mark.parametrize("average", [0.0, 0.3, 0.9])

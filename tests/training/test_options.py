@@ -19,7 +19,9 @@ from tiny_training import OPTIONS
 
 from histoseg_fast.compiling.compile import load_network
 from histoseg_fast.errors import DataError, PlanError, UsageError
-from histoseg_fast.models.network import UInt8Network, make_network
+from histoseg_fast.images import read_image
+from histoseg_fast.models.network import UInt8Network, make_network, rebuild
+from histoseg_fast.plans import open_plan
 from histoseg_fast.training import loop, parallel
 from histoseg_fast.training.checkpoint import read_checkpoint
 from histoseg_fast.training.crops import CropDataset
@@ -213,3 +215,21 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
         assert a["val"]["cross_entropy"] == pytest.approx(b["val"]["cross_entropy"], rel=1e-3)
         assert a["val"]["pixels"] == b["val"]["pixels"]
+
+
+def test_training_goes_on_from_a_plan_and_learns_from_one(folder: Path, tmp_path: Path) -> None:
+    """Batch norms are put behind the plan's layers, and settled: a rate of 0 leaves what the plan computes."""
+    options = loop.TrainingOptions(
+        **{**vars(OPTIONS), "arch": "fast", "weights": "fast", "crop": 64, "epochs": 1, "lr": 0.0, "average": 0.0},
+    )
+    loop.train(folder, tmp_path / "first", options, lambda line: None)
+    network, description = load_network(tmp_path / "first" / BEST)
+    rgb = torch.from_numpy(read_image(folder / "images" / "train0.png"))[None].repeat(1, 4, 4, 1)[:, :64, :64]
+    with torch.no_grad():
+        logits, expected = UInt8Network(network)(rgb), rebuild(open_plan("fast"))(rgb)
+    assert description["training"]["options"]["weights"] == "fast"
+    assert float((logits - expected).abs().mean()) < 0.2 * float(expected.std())
+    learning = loop.TrainingOptions(
+        **{**vars(OPTIONS), "arch": "one", "crop": 64, "epochs": 1, "teacher": "fast", "loss": {"distil": 1.0}}
+    )
+    assert loop.train(folder, tmp_path / "second", learning, lambda line: None)["train_loss"] > 0
