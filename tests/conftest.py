@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,21 @@ from gpu_fixtures import gpus  # noqa: F401 (a fixture)
 from tiny_plans import tiny_manifest, tiny_model
 from trt_fixtures import machine  # noqa: F401 (a fixture)
 
+from histoseg_fast.cache import FOLDER_VARIABLE, cache_folder
 from histoseg_fast.engines.devices import LIBRARY_VARIABLE
 from histoseg_fast.plan import MODEL, Plan, pack, unpack, write_plan
 
+os.environ.setdefault("HISTOSEG_TEST_WHEELS", str(cache_folder() / "test-wheels"))
+os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="histoseg-cache-")
+"""Tests neither see nor change what this user's runs have kept."""
 os.environ[LIBRARY_VARIABLE] = "none"
 """Where nothing else is asked for, tests run on the CPU, also on machines with a GPU; those in tests/gpu undo this."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ[FOLDER_VARIABLE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

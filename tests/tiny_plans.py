@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from histoseg_fast.plan import Plan, pack, unpack
+
 
 def tiny_model(seed: int = 0) -> bytes:
     """A network of a few hundred weights that looks around itself: conv 3x3, pool, conv 5x5, up 2x2, conv 3x3."""
@@ -73,3 +75,9 @@ def tiny_manifest(**changes: object) -> dict[str, object]:
         "made_with": {},
         **changes,
     }
+
+
+def changed(plan: Plan, members: dict[str, bytes] | None = None, **manifest: object) -> Plan:
+    """The plan with another model or other manifest fields."""
+    fields = {k: v for k, v in plan.manifest.items() if k not in ("format", "version", "members")}
+    return unpack(pack(fields | manifest, members or plan.members))

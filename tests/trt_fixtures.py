@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from fake_tensorrt import fake_tensorrt
 
+from histoseg_fast.cache import FOLDER_VARIABLE
 from histoseg_fast.engines.base import Engine, Slot
-from histoseg_fast.engines.trt import cache, check, library, prepare
+from histoseg_fast.engines.trt import check, library, prepare
 from histoseg_fast.engines.trt import gpu as gpu_module
 from histoseg_fast.engines.trt.gpu import Gpu
 
@@ -24,7 +25,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path):
         self._patch, self.folder, self.lines = monkeypatch, folder, []
-        monkeypatch.setenv(cache.FOLDER_VARIABLE, str(folder))
+        monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
         self.gpu = H200
         self.install("11.4.0.106")
 

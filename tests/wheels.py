@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from histoseg_fast.engines.trt.cache import cache_folder
+from histoseg_fast.cache import cache_folder
 
 MAX_WHEEL_BYTES = 16 << 20
 PIP_SECONDS = 300
@@ -19,7 +19,7 @@ PIP_SECONDS = 300
 def unpacked(requirement: str) -> Path:
     """The folder of a wheel that satisfies `requirement`, unpacked; skips the test where pip cannot get it."""
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in requirement)
-    root = Path(os.environ.get("HISTOSEG_TEST_WHEELS", cache_folder().parent / "test-wheels"))
+    root = Path(os.environ.get("HISTOSEG_TEST_WHEELS", cache_folder() / "test-wheels"))
     folder = root / f"{name}-{sys.implementation.cache_tag}"
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from histoseg_fast.engines.base import Engine, Slot, Wants
+from histoseg_fast.engines.choice import fastest, speed
 from histoseg_fast.engines.devices import DEVICES, choose_gpus
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.machine import cpu_precisions
@@ -31,21 +32,26 @@ def check_precision(name: str) -> None:
 def choose_precision(plan: Plan, wanted: str) -> str:
     """What `wanted` means for this plan on this CPU; EngineError if it cannot run here.
 
-    "auto" is the precision that the plan was compiled for, or the fastest that passed the plan's gate; fp32 where
-    this CPU lacks it.
+    "auto" is the precision that the plan was compiled for, or of those that passed the plan's gate the one that is the
+    fastest here, which is measured when a plan is run for the first time; fp32 where this CPU lacks it.
     """
     check_precision(wanted)
     here = tuple(p for p in cpu_precisions() if p != "int8" or plan.ranges is not None)
     if wanted == "auto":
         fixed = plan.manifest["precision"]
         passed = [p for p in here if p == fixed or (fixed == "auto" and plan.passes(p))]
-        return passed[-1] if passed else "fp32"
+        return fastest(plan, passed or ["fp32"], _measure)
     if wanted not in here:
         lacking = f"this CPU has no native {wanted}"
         if wanted == "int8" and plan.ranges is None:
             lacking = "the plan was compiled without int8"
         raise EngineError(lacking, fix="use --precision " + " or ".join(("auto", *here)))
     return wanted
+
+
+def _measure(plan: Plan, precision: str) -> float:
+    with open_engine(plan, device="cpu", precision=precision) as engine:
+        return speed(engine, plan, run_tiled)
 
 
 def choose_gpu_precision(plan: Plan, wanted: str) -> str:

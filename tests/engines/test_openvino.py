@@ -9,13 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from random_networks import noise, plan_of
+from tiny_plans import changed
 
 from histoseg_fast import engines, machine
 from histoseg_fast.engines import choose_precision, open_engine, run_tiled
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES
-from histoseg_fast.plan import DEFAULT_GATE, MODEL, pack, unpack
+from histoseg_fast.plan import DEFAULT_GATE, MODEL
 
 GATE = DEFAULT_GATE["agreement"]
 FEW = settings(max_examples=3, derandomize=True, deadline=None)
@@ -27,12 +28,6 @@ needs_bf16 = pytest.mark.skipif("bf16" not in cpu_precisions(), reason="this CPU
 def fp32(tiny_plan):
     with open_engine(tiny_plan, precision="fp32") as engine:
         yield engine
-
-
-def changed(plan, members=None, **manifest):
-    """The plan with another model or other manifest fields."""
-    fields = {k: v for k, v in plan.manifest.items() if k not in ("format", "version", "members")}
-    return unpack(pack(fields | manifest, members or plan.members))
 
 
 def check_tiled(engine, plan, height, width, tile, seed=0):
@@ -305,6 +300,7 @@ def test_a_model_that_changes_the_size_fails_in_one_line(tiny_plan):
 )
 def test_choice_of_precision(tiny_plan, monkeypatch, here, fixed, agreement, wanted, chosen):
     monkeypatch.setattr(engines, "cpu_precisions", lambda: tuple(here.split()))
+    monkeypatch.setattr(engines, "fastest", lambda plan, passed, measure: passed[-1])
     measured = {"fp32": {"agreement": 1.0}} | ({} if agreement is None else {"bf16": {"agreement": agreement}})
     plan = changed(tiny_plan, precision=fixed, precisions=measured)
     if isinstance(chosen, str):
@@ -340,6 +336,7 @@ ALL = "fp32 bf16 int8"
 )
 def test_choice_of_int8(tiny_plan, monkeypatch, here, ranges, fixed, measured, wanted, chosen):
     monkeypatch.setattr(engines, "cpu_precisions", lambda: tuple(here.split()))
+    monkeypatch.setattr(engines, "fastest", lambda plan, passed, measure: passed[-1])
     precisions = {name: {"agreement": value} for name, value in {"fp32": 1.0, **measured}.items()}
     plan = changed(tiny_plan, precision=fixed, precisions=precisions, **({"int8": ranges} if ranges else {}))
     if " " not in chosen:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trt_fixtures import A100, H100, H200
 
+from histoseg_fast.cache import FOLDER_VARIABLE, cache_folder
 from histoseg_fast.engines.trt import cache as caching
-from histoseg_fast.engines.trt.cache import EngineCache, cache_folder
+from histoseg_fast.engines.trt.cache import EngineCache
 from histoseg_fast.engines.trt.info import MAGIC, EngineInfo, pack_entry, read_info, unpack_entry
 from histoseg_fast.engines.trt.options import BuildOptions
 from histoseg_fast.errors import EngineError
@@ -214,17 +215,17 @@ def test_timing_caches(cache, tmp_path, monkeypatch):
 
 
 def test_the_folder(monkeypatch, tmp_path):
-    for name in (caching.FOLDER_VARIABLE, "XDG_CACHE_HOME"):
+    for name in (FOLDER_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/x"))
-    assert cache_folder() == Path("/home/x/.cache/histoseg-fast/tensorrt")
+    assert cache_folder() == Path("/home/x/.cache/histoseg-fast")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification: to be ignored
-    assert cache_folder() == Path("/home/x/.cache/histoseg-fast/tensorrt")
+    assert cache_folder() == Path("/home/x/.cache/histoseg-fast")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "histoseg-fast" / "tensorrt"
-    monkeypatch.setenv(caching.FOLDER_VARIABLE, "/c")
-    assert cache_folder() == Path("/c/tensorrt")
+    assert cache_folder() == tmp_path / "histoseg-fast"
+    monkeypatch.setenv(FOLDER_VARIABLE, "/c")
+    assert cache_folder() == Path("/c")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

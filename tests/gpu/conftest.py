@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from histoseg_fast.cache import FOLDER_VARIABLE
 from histoseg_fast.engines.devices import LIBRARY_VARIABLE
-from histoseg_fast.engines.trt.cache import FOLDER_VARIABLE
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from histoseg_fast.cache import cache_folder
 from histoseg_fast.engines.trt.gpu import Gpu
 from histoseg_fast.engines.trt.info import (
     MAX_ENGINE_BYTES,
@@ -23,7 +24,6 @@ from histoseg_fast.engines.trt.info import (
 from histoseg_fast.errors import EngineError
 from histoseg_fast.files import atomic_write
 
-FOLDER_VARIABLE = "HISTOSEG_CACHE"
 MAX_CACHE_BYTES = 8 << 30
 """All engines together; the least recently used are removed first."""
 MAX_TIMING_BYTES = 64 << 20
@@ -34,25 +34,11 @@ SUFFIX = ".engine"
 _DIGEST_BYTES = 32
 
 
-def cache_folder() -> Path:
-    """Where engines are kept: $HISTOSEG_CACHE, or the user's cache folder of this system."""
-    if chosen := os.environ.get(FOLDER_VARIABLE):
-        return Path(chosen) / "tensorrt"
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        given = Path(os.environ.get("XDG_CACHE_HOME") or "")
-        root = given if given.is_absolute() else Path.home() / ".cache"  # as the XDG specification has it
-    return root / "histoseg-fast" / "tensorrt"
-
-
 class EngineCache:
     """The engines of one network and options (`digest`), for every GPU and TensorRT they were built for."""
 
     def __init__(self, digest: str, folder: Path | None = None):
-        self._root = folder or cache_folder()
+        self._root = folder or cache_folder() / "tensorrt"
         self._folder = self._root / digest[:32]
 
     def find(self, gpu: Gpu, tensorrt: str) -> tuple[EngineInfo, bytes] | str:
