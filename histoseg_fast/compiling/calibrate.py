@@ -19,6 +19,7 @@ from histoseg_fast.errors import DataError, PlanError
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.images import read_image
 from histoseg_fast.labels import Palette
+from histoseg_fast.models.base import Network
 from histoseg_fast.models.network import UInt8Network
 from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.plan import Plan, Ranges
@@ -96,7 +97,7 @@ def _cut(rgb: np.ndarray, labels: np.ndarray | None) -> Image:
     return rgb[:MAX_SIDE, :MAX_SIDE].copy(), None if labels is None else labels[:MAX_SIDE, :MAX_SIDE].copy()
 
 
-def choose_ranges(network: nn.Module, images: Iterable[Image]) -> Ranges:
+def choose_ranges(network: Network, images: Iterable[Image]) -> Ranges:
     """The int8 ranges of `network` (without batch norms): of the limits, the one with the least squared rounding error.
 
     The first and the last convolution stay in floating point: there rounding costs most and time least.
@@ -166,12 +167,12 @@ def fit_temperature(plan: Plan, images: Iterable[Image]) -> float:
     return math.exp((low + high) / 2)
 
 
-def scale_logits(network: nn.Module, factor: float) -> None:
+def scale_logits(network: Network, factor: float) -> None:
     """Multiply the logits of `network` by `factor`, in the weights of its last convolution."""
     *_, last = (module for module in network.modules() if isinstance(module, nn.Conv2d))
     with torch.no_grad():
-        last.weight *= factor
-        last.bias *= factor
+        for parameter in last.parameters():
+            parameter.mul_(factor)
 
 
 def measure_precisions(

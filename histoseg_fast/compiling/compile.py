@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 import torch
-from torch import nn
 
 from histoseg_fast import __version__
 from histoseg_fast.compiling.calibrate import (
@@ -27,8 +26,8 @@ from histoseg_fast.errors import LabelError, PlanError, UsageError
 from histoseg_fast.labels import Palette
 from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
-from histoseg_fast.models.fast import FastNetwork
-from histoseg_fast.models.network import PaperNetwork, make_network
+from histoseg_fast.models.base import Network
+from histoseg_fast.models.network import make_network
 from histoseg_fast.plan import DEFAULT_GATE, MODEL, Plan, pack, unpack, write_plan
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.training.checkpoint import read_checkpoint
@@ -37,7 +36,7 @@ DEFAULT_TILE = 1152
 """Holds a 1128x720 image whole, and keeps 90 % of a tile's pixels at the final network's halo."""
 
 
-def load_network(checkpoint: str | Path) -> tuple[PaperNetwork | FastNetwork, dict[str, Any]]:
+def load_network(checkpoint: str | Path) -> tuple[Network, dict[str, Any]]:
     """The network of a checkpoint, without batch norms, and the checkpoint's description.
 
     Raises PlanError if they do not fit.
@@ -71,7 +70,7 @@ def plan_of_checkpoint(checkpoint: str | Path) -> Plan:
     return plan_of_network(network, description, Path(checkpoint))
 
 
-def plan_of_network(network: nn.Module, description: Mapping[str, Any], where: Path, **more: Any) -> Plan:
+def plan_of_network(network: Network, description: Mapping[str, Any], where: Path, **more: Any) -> Plan:
     """The plan of a network and its checkpoint's description, in memory; `more` goes into the manifest."""
     model = export_onnx(network)
     receptive = measure(model)

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch import nn
 
+from histoseg_fast.models.base import Network
 from histoseg_fast.models.network import UInt8Network
 
 OPSET = 18
@@ -21,7 +21,7 @@ SMALLEST_HALVED = 256
 """Tensors of at least this many values are stored in fp16, in half the bytes, unless one is beyond fp16's range."""
 
 
-def export_onnx(network: nn.Module) -> onnx.ModelProto:
+def export_onnx(network: Network) -> onnx.ModelProto:
     """The network as ONNX: input `rgb` uint8 (n, h, w, 3), output `logits` float32 (n, C, h, w).
 
     h and w must be multiples of the network's stride. Initialisers carry the checkpoint's tensor names (where it has
@@ -47,6 +47,7 @@ def export_onnx(network: nn.Module) -> onnx.ModelProto:
             )
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
+    assert program is not None
     model = program.model_proto
     _strip(model)
     _halve(model.graph)

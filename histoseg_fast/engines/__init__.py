@@ -140,7 +140,7 @@ def over_tiles(
 
     `run` gives the logits (classes, h, w) of a tile, uint8 (h, w, 3); `tile`, `halo` and `stride` are in pixels.
     """
-    grid = TileGrid.cover(*image.shape[:2], tile, halo, stride)
+    grid = TileGrid.cover(image.shape[0], image.shape[1], tile, halo, stride)
     padded = pad_to_stride(image, stride)
     logits = np.empty((classes, grid.height, grid.width), np.float32)
     for i, row in enumerate(grid.rows):

@@ -39,7 +39,7 @@ def fastest(plan: Plan, candidates: Sequence[str], measure: Callable[[Plan, str]
         return candidates[0]
     path, key = cache_folder() / FILE, _key(plan, candidates)
     choices = _read(path)
-    speeds = choices.get(key)
+    speeds = choices.get(key, {})
     if not _sound(speeds, candidates):
         speeds = {precision: round(measure(plan, precision), 3) for precision in candidates}
         choices = {**{name: value for name, value in choices.items() if name != key}, key: speeds}

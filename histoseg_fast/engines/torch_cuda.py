@@ -137,7 +137,7 @@ class TorchNetwork(Network):
         self._library: Any = torch.get_device_module(self._device)
         module = rebuild(plan)
         if precision == "fp16":
-            module.network = _Half(module.network)
+            module.network = _Half(module.network)  # type: ignore[assignment] # it is only run
         module = module.to(self._device).to(memory_format=torch.channels_last)
         compiled = os.environ.get(COMPILE_VARIABLE) == "1"
         self._module: Any = torch.compile(module, dynamic=False) if compiled else module

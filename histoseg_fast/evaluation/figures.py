@@ -60,7 +60,7 @@ def save_figure(
         axis.set_title(name, fontsize=10)
         axis.axis("off")
     handles = [
-        Patch(facecolor=np.array(c) / 255, edgecolor="grey", label=n)
+        Patch(facecolor=(c[0] / 255, c[1] / 255, c[2] / 255), edgecolor="grey", label=n)
         for n, c in zip(palette.names, palette.colours, strict=True)
     ]
     if labels is not None:

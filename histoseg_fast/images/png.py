@@ -67,6 +67,7 @@ class PngSource(WholeSource):
             return False
         size = self.height * (3 * self.width + 1)
         rows = imagecodecs.deflate_decode(_pixel_data(self._data), out=size)  # checks the Adler-32 of all of them
+        assert isinstance(rows, bytes)
         if len(rows) != size:
             raise ValueError(f"the pixels end after {len(rows)} of {size} bytes")
         if not _core.unfilter_rgb(rows, out):
@@ -90,7 +91,8 @@ class PngSource(WholeSource):
 
 def _pixel_data(data: bytes) -> bytes:
     """The content of the IDAT chunks of a PNG, joined. ValueError where the file ends within them."""
-    parts, position, view = [], _HEADER_END, memoryview(data)
+    parts: list[memoryview] = []
+    position, view = _HEADER_END, memoryview(data)
     while (kind := data[position + 4 : position + 8]) == b"IDAT" or not parts:
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         if len(kind) < 4 or end > len(data):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from histoseg_fast.models.base import Network
 from histoseg_fast.models.norms import fold_norms
 
 WIDTHS = (32, 64, 128, 192, 256)
@@ -23,7 +24,7 @@ ENCODER_CONVOLUTIONS = (1, 2, 2, 2, 2)
 STRIDE = 2 ** len(WIDTHS)
 
 
-class FastNetwork(nn.Module):
+class FastNetwork(Network):
     """The network `fast`: normalised RGB (N, 3, H, W) float to logits (N, classes, H, W).
 
     H and W must be multiples of `stride`. `dropout` is the share of the deepest channels not seen in training.
@@ -31,7 +32,6 @@ class FastNetwork(nn.Module):
     """
 
     joined = tuple(f"up.{level}.0" for level in range(len(WIDTHS) - 1))
-    """Convolutions whose outputs are added to others before a ReLU."""
 
     def __init__(self, classes: int = 3, dropout: float = 0.0, folded: bool = False):
         super().__init__()
@@ -64,7 +64,6 @@ class FastNetwork(nn.Module):
         return self.shuffle(self.logits(x))
 
     def fold(self) -> FastNetwork:
-        """The same function, for inference, without batch norms: their running statistics go into the convolutions."""
         folded = FastNetwork(self.classes, folded=True).to(self.logits.weight)
         fold_norms(self, folded)
         return folded.eval()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,15 +19,14 @@ from torch import nn
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.models import architectures
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, Layer
+from histoseg_fast.models.base import Network
 from histoseg_fast.models.fast import FastNetwork
 from histoseg_fast.models.norms import fold_norms
 from histoseg_fast.plan import MODEL, Plan
 from histoseg_fast.plans import SHIPPED, open_plan
 
 
-def make_network(
-    arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False
-) -> PaperNetwork | FastNetwork:
+def make_network(arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False) -> Network:
     """The network `arch` with random weights. Raises UsageError if there is none of that name.
 
     `batch_norm` trains one of the paper's networks with batch norms, which `fold` removes; `fast` always has them.
@@ -35,7 +35,7 @@ def make_network(
     return FastNetwork(classes, dropout) if arch == "fast" else PaperNetwork(arch, classes, dropout, batch_norm)
 
 
-class PaperNetwork(nn.Module):
+class PaperNetwork(Network):
     """A network of the paper: normalised RGB (N, 3, H, W) float to logits (N, classes, H, W).
 
     H and W must be multiples of `stride`. Tensor names are `features.conv1_1.weight`, `head.up2.bias`
@@ -43,9 +43,6 @@ class PaperNetwork(nn.Module):
     of channels that the last convolution does not see. With `batch_norm` each layer but the last has a batch norm
     (Ioffe and Szegedy, 2015) before its ReLU: training goes further in less time, and `fold` gives the paper's network.
     """
-
-    joined = ()
-    """Convolutions whose outputs are added to others before a ReLU: none."""
 
     def __init__(self, arch: str, classes: int = 3, dropout: float = 0.0, batch_norm: bool = False):
         super().__init__()
@@ -55,16 +52,15 @@ class PaperNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # fan_out of a 2x2 stride-2 transposed convolution is what one output pixel sums over.
-                mode = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
+                mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
                 nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.bias, 0)  # type: ignore[arg-type] # every layer has one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
     def fold(self) -> PaperNetwork:
-        """The same function, for inference, as the paper draws it: batch norms become part of the layers before."""
-        folded = PaperNetwork(self.arch, self.classes).to(self.head.logits.weight)
+        folded = PaperNetwork(self.arch, self.classes).to(next(self.parameters()))
         fold_norms(self, folded)
         return folded.eval()
 
@@ -94,7 +90,10 @@ def _stack(
 class UInt8Network(nn.Module):
     """The network as engines see it: uint8 RGB (N, H, W, 3) in, normalised inside, float32 logits (N, C, H, W) out."""
 
-    def __init__(self, network: nn.Module):
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
         scale = 1.0 / (255.0 * torch.tensor(IMAGENET_STD))
@@ -125,7 +124,7 @@ class Loaded:
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def load_features(network: nn.Module, source: str) -> Loaded:
+def load_features(network: Network, source: str) -> Loaded:
     """Load ImageNet weights into `network.features`, or a whole network into all of it; return what was set.
 
     A network without VGG16's layers starts from random weights for "imagenet" too.
@@ -136,12 +135,12 @@ def load_features(network: nn.Module, source: str) -> Loaded:
     checkpoint or plan of the same architecture (pre-training). Raises UsageError when offline, PlanError when a file
     does not hold such weights.
     """
-    if source == "none" or (source == "imagenet" and not hasattr(network, "features")):
+    if source == "none" or (source == "imagenet" and not isinstance(network, PaperNetwork)):
         return Loaded([])
     tensors = _imagenet() if source == "imagenet" else _read_tensors(source)
     if (whole := _load_whole(network, tensors, source)) is not None:
         return whole
-    if not hasattr(network, "features"):
+    if not isinstance(network, PaperNetwork):
         raise PlanError(f"is no checkpoint of the network {network.arch!r}", where=source)
     names = {n.removeprefix("features."): t for n, t in tensors.items()}
     normalised = "0.weight" in names and tuple(names["0.weight"].shape) == (3, 3, 1, 1)
@@ -168,7 +167,7 @@ def load_features(network: nn.Module, source: str) -> Loaded:
     return Loaded([f"features.{layer}" for layer in loaded], unsettled=True)
 
 
-def _load_whole(network: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> Loaded | None:
+def _load_whole(network: Network, tensors: Mapping[str, torch.Tensor], source: str) -> Loaded | None:
     """Load `tensors` if their names are those of `network`, or of its folded form; None if they are not."""
     state = network.state_dict()
     folded = network.fold().state_dict().keys()

@@ -55,12 +55,10 @@ def settle_norms(network: nn.Module, layers: Collection[str], biases: dict[str, 
         if name not in layers:
             continue
 
-        def settle(module: nn.Module, given: tuple[torch.Tensor, ...], name: str = name) -> None:
+        def settle(norm: nn.BatchNorm2d, given: tuple[torch.Tensor, ...], name: str = name) -> None:
             variance, mean = torch.var_mean(given[0].float(), (0, 2, 3))
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(variance)
-            module.weight.copy_((variance + module.eps).sqrt())
-            module.bias.copy_(mean + biases.get(name, 0.0))
+            state = {"weight": (variance + norm.eps).sqrt(), "bias": mean + biases.get(name, 0.0)}
+            norm.load_state_dict({**state, "running_mean": mean, "running_var": variance}, strict=False)
 
         hooks.append(norm.register_forward_pre_hook(settle))
     with torch.no_grad():

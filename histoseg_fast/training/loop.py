@@ -131,7 +131,7 @@ class _Run:
         self.step_function = self._compiled()
 
     def _prepare(self) -> None:
-        self.network.to(self.device, memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last).to(self.device)
         self.model = UInt8Network(self.network).to(self.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=self.options.lr, weight_decay=self.options.l2)
         self.average = {n: p.detach().clone() for n, p in self.network.state_dict().items()}
@@ -153,7 +153,7 @@ class _Run:
             raise PlanError("has other classes than the training", where=self.options.teacher)
         if self.options.crop % network.stride:
             raise UsageError(f"--crop {self.options.crop} is no multiple of the teacher's stride {network.stride}")
-        return UInt8Network(network).eval().to(self.device, memory_format=torch.channels_last)
+        return UInt8Network(network).eval().to(memory_format=torch.channels_last).to(self.device)
 
     def _compiled(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The forward pass, compiled where that works here; one line says which."""

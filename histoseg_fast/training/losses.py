@@ -63,7 +63,7 @@ def smoothness(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Pairs across a label edge, or with an unlabelled pixel, are left out: there the prediction should change.
     """
     p = logits.softmax(1)
-    total, pairs = logits.new_zeros(()), 0
+    total, pairs = logits.new_zeros(()), ids.new_zeros(())
     for axis in (2, 3):
         length = p.shape[axis] - 1
         if length < 1:
@@ -73,7 +73,7 @@ def smoothness(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         same = (a == b) & (a != UNMATCHED)
         total = total + ((first - second).square().sum(1) * same).sum()
         pairs = pairs + same.sum()
-    return total / torch.as_tensor(pairs, device=logits.device).clamp(min=1)
+    return total / pairs.clamp(min=1)
 
 
 def dice(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -123,6 +123,7 @@ class Loss:
             elif name in ("l1", "l2"):
                 term = TERMS[name](logits, ids, self.palette)
             elif name == "distil":
+                assert teacher is not None
                 term = distillation(logits, teacher)
             else:
                 term = TERMS[name](logits, ids)
