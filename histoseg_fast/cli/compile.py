@@ -7,12 +7,15 @@ from pathlib import Path
 import typer
 
 from histoseg_fast.cli.building import HARDWARE_HELP, VERSION_HELP, WORKSPACE_HELP
+from histoseg_fast.errors import UsageError
 
 NAME = "compile"
 
 
 def command(
-    checkpoint: Path = typer.Argument(..., metavar="CHECKPOINT", help="best.safetensors of a training."),
+    source: Path = typer.Argument(
+        ..., metavar="CHECKPOINT", help="best.safetensors of a training; or an .onnx file of your own, with --classes."
+    ),
     out: Path = typer.Option(..., "-o", "--out", help="The plan file to write."),
     precision: str = typer.Option(
         "auto",
@@ -29,6 +32,11 @@ def command(
     postprocess: str = typer.Option(
         "none", metavar="SPEC", help='Steps after the network that the plan records, e.g. "min_island=64" or "crf".'
     ),
+    classes: str = typer.Option(
+        "", metavar="PALETTE", help='Of an .onnx file: "background=0,0,0;tumour=255,0,0;...", in order of its logits.'
+    ),
+    mean: str = typer.Option("0,0,0", help="Of an .onnx file of floats: subtracted from RGB in 0..1."),
+    std: str = typer.Option("1,1,1", help="Of an .onnx file of floats: what that is divided by."),
     tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU (fp16)."),
     hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
@@ -39,7 +47,9 @@ def command(
 
     need("train", "torch", "onnx", "onnxscript", "safetensors")
     from histoseg_fast.cli.building import EngineRequest, say
-    from histoseg_fast.compiling.compile import CompileOptions, compile_plan
+    from histoseg_fast.compiling.compile import CompileOptions, compile_onnx, compile_plan
+    from histoseg_fast.compiling.foreign import Normalisation
+    from histoseg_fast.labels import Palette
     from histoseg_fast.postprocess import PostProcessing
 
     request = EngineRequest(precision, hardware_compatible, version_compatible, workspace)
@@ -47,6 +57,21 @@ def command(
         request.check()
     gate = {"agreement": gate_agreement, "mean_iou": gate_miou / 100}
     options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance)
-    plan = compile_plan(checkpoint, out, calibrate=calibrate, options=options, report=say)
+    foreign = source.suffix.lower() == ".onnx"
+    if foreign != bool(classes):
+        raise UsageError("an .onnx file and --classes need each other", where=source)
+    if foreign:
+        normalisation = Normalisation(_numbers("--mean", mean), _numbers("--std", std))
+        palette = Palette.parse(classes)
+        plan = compile_onnx(source, out, palette, normalisation, calibrate=calibrate, options=options, report=say)
+    else:
+        plan = compile_plan(source, out, calibrate=calibrate, options=options, report=say)
     if tensorrt:
         request.add_to(plan, calibrate, tolerance)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} are no numbers", fix="separate them by commas") from None

@@ -13,6 +13,7 @@ import torch
 
 from histoseg_fast import __version__
 from histoseg_fast.compiling.calibrate import (
+    Calibration,
     choose_ranges,
     fit_temperature,
     load_calibration,
@@ -20,6 +21,7 @@ from histoseg_fast.compiling.calibrate import (
     scale_logits,
 )
 from histoseg_fast.compiling.export import export_onnx
+from histoseg_fast.compiling.foreign import Normalisation, read_onnx
 from histoseg_fast.compiling.halo import measure
 from histoseg_fast.engines import check_precision
 from histoseg_fast.errors import LabelError, PlanError, UsageError
@@ -28,7 +30,7 @@ from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.base import Network
 from histoseg_fast.models.network import make_network
-from histoseg_fast.plan import DEFAULT_GATE, MODEL, Plan, pack, unpack, write_plan
+from histoseg_fast.plan import DEFAULT_GATE, MAX_TEXT, MODEL, Plan, pack, unpack, write_plan
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.training.checkpoint import read_checkpoint
 
@@ -72,10 +74,14 @@ def plan_of_checkpoint(checkpoint: str | Path) -> Plan:
 
 def plan_of_network(network: Network, description: Mapping[str, Any], where: Path, **more: Any) -> Plan:
     """The plan of a network and its checkpoint's description, in memory; `more` goes into the manifest."""
-    model = export_onnx(network)
+    return plan_of_model(export_onnx(network), {"name": description["arch"], **description}, where, **more)
+
+
+def plan_of_model(model: onnx.ModelProto, description: Mapping[str, Any], where: Path, **more: Any) -> Plan:
+    """The plan of a network as ONNX, in memory: stride and halo measured. `more` goes into the manifest."""
     receptive = measure(model)
     manifest = {
-        "name": description["arch"],
+        "name": description["name"],
         "arch": description["arch"],
         "classes": [
             {"name": name, "colour": colour}
@@ -146,6 +152,57 @@ def compile_plan(
     if calibration.ranging:
         more["int8"] = asdict(choose_ranges(network, calibration.ranging))
     plan = plan_of_network(network, description, Path(checkpoint), **more)
+    return _finish(plan, out, calibration, options, report)
+
+
+def compile_onnx(
+    source: str | Path,
+    out: str | Path,
+    palette: Palette,
+    normalisation: Normalisation,
+    *,
+    calibrate: Path | None = None,
+    options: CompileOptions = CompileOptions(),
+    report: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Compile an ONNX network of the user's own (see `read_onnx`) to the plan file `out` and return it.
+
+    `palette` names its classes in the order of its logits. Halo and stride are found from its graph; a network with an
+    operator that looks at the whole image has none, and is refused. It runs in floating point: int8 ranges are chosen
+    for the package's own architectures alone. Raises what `compile_plan` does.
+    """
+    check_precision(options.precision)
+    if options.precision == "int8":
+        raise UsageError("an ONNX network runs in floating point", fix="--precision auto, fp32, bf16 or fp16")
+    source = Path(source)
+    calibration = load_calibration(calibrate, palette, options.tolerance)
+    description = {
+        "name": "".join(c for c in source.stem if c.isprintable())[:MAX_TEXT] or "onnx",
+        "arch": "onnx",
+        "classes": palette.names,
+        "colours": palette.colours,
+        "normalisation": asdict(normalisation),
+        "training": {"source": "an ONNX file"},
+    }
+    try:
+        model = read_onnx(source, len(palette.names), normalisation)
+        plan = plan_of_model(
+            model,
+            description,
+            source,
+            precision=options.precision,
+            gate=dict(options.gate),
+            postprocess=options.postprocess.as_json(),
+        )
+    except PlanError as error:
+        raise PlanError(error.what, where=source, fix=error.fix) from None
+    return _finish(plan, out, calibration, options, report)
+
+
+def _finish(
+    plan: Plan, out: str | Path, calibration: Calibration, options: CompileOptions, report: Callable[[str], None]
+) -> Plan:
+    """Measure the precisions, write the plan, and say what came out."""
     report(f"network {plan.manifest['arch']}: stride {plan.stride}, halo {plan.halo}")
     candidates = [p for p in cpu_precisions() if p != "int8" or plan.ranges is not None]
     measured = measure_precisions(plan, candidates, calibration, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
-from histoseg_fast.errors import PlanError
+from histoseg_fast.errors import PlanError, UsageError
 from histoseg_fast.plan import MAX_PLAN_BYTES
 
 OLDEST_OPSET = 13
@@ -20,14 +20,22 @@ INPUT, OUTPUT = "rgb", "logits"
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a network of floats expects of RGB in 0..1: (x - mean) / std by channel."""
+    """What a network of floats expects of RGB in 0..1: (x - mean) / std by channel.
+
+    Raises UsageError unless both are three finite numbers, the deviations above 0.
+    """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
+    def __post_init__(self) -> None:
+        sound = len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, (*self.mean, *self.std)))
+        if not sound or min(self.std) <= 0:
+            raise UsageError("mean and deviation of RGB are three numbers each, the deviations above 0")
+
 
 def read_onnx(path: str | Path, classes: int, normalisation: Normalisation) -> onnx.ModelProto:
-    """The network in the file `path` with the input `rgb` uint8 (n, h, w, 3) and the output `logits` (n, classes, h, w).
+    """The network in the file `path` with input `rgb` uint8 (n, h, w, 3) and output `logits` (n, classes, h, w).
 
     The file's network takes either that, or float32 (n, 3, h, w), which `normalisation` is then put before; it gives
     float32 logits, before any softmax, of its input's height and width. Sizes that the file fixes are set free.
@@ -59,31 +67,48 @@ def _adapt(model: onnx.ModelProto, classes: int, normalisation: Normalisation) -
     graph = model.graph
     if max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0) < OLDEST_OPSET:
         raise PlanError(f"has an ONNX opset before {OLDEST_OPSET}", fix="export it again with a newer one")
+    _hold_constants(graph)
     held = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in held]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise PlanError(f"has {len(inputs)} inputs and {len(graph.output)} outputs; one of each is wanted")
     (source,), (target,) = inputs, graph.output
-    taken = {name for node in graph.node for name in (*node.input, *node.output)} | held
-    _rename(graph, source.name, _free(INPUT, taken - {source.name}))
-    _rename(graph, target.name, _free(OUTPUT, taken - {target.name}))
-    source, target = next(v for v in graph.input if v.name == source.name), graph.output[0]
+    for value, name in ((source, INPUT), (target, OUTPUT)):
+        if value.name != name:
+            _rename(graph, name, f"{name}.inner")  # an inner tensor that has the name
+            _rename(graph, value.name, name)
     kind, shape = source.type.tensor_type.elem_type, _shape(source)
-    if kind == TensorProto.FLOAT and len(shape) == 4 and shape[1] in (3, 0):
+    if kind == TensorProto.FLOAT and len(shape) == 4 and (shape[1] == 3 or (shape[1] == 0 and shape[3] != 3)):
         _normalise(graph, source, normalisation)
-    elif not (kind == TensorProto.UINT8 and len(shape) == 4 and shape[3] in (3, 0)):
+    elif kind != TensorProto.UINT8 or len(shape) != 4 or shape[3] not in (3, 0):
         raise PlanError(
             f"takes {TensorProto.DataType.Name(kind).lower()} {shape}",
             fix="export it with an input float32 (n, 3, h, w) or uint8 (n, h, w, 3)",
         )
+    source.CopyFrom(helper.make_tensor_value_info(source.name, TensorProto.UINT8, ["n", "h", "w", 3]))
     out = _shape(target)
     if target.type.tensor_type.elem_type != TensorProto.FLOAT or len(out) != 4 or out[1] not in (classes, 0):
         raise PlanError(f"gives {out}, not float32 logits (n, {classes}, h, w)", fix="name as many --classes as it has")
-    graph.output[0].CopyFrom(helper.make_tensor_value_info(target.name, TensorProto.FLOAT, ["n", classes, "h", "w"]))
+    target.CopyFrom(helper.make_tensor_value_info(target.name, TensorProto.FLOAT, ["n", classes, "h", "w"]))
     del graph.value_info[:]
     for node in graph.node:
         if node.op_type == "BatchNormalization" and len(node.output) > 1:
             raise PlanError("was exported in training mode", fix="export it in evaluation mode")
+
+
+def _hold_constants(graph: onnx.GraphProto) -> None:
+    """Nodes that give a constant tensor become initialisers, where `halo.measure` and engines look for weights."""
+    nodes = []
+    for node in graph.node:
+        values = [a.t for a in node.attribute if a.name == "value"] if node.op_type == "Constant" else []
+        for tensor in values:
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+        if not values:
+            nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _normalise(graph: onnx.GraphProto, source: onnx.ValueInfoProto, normalisation: Normalisation) -> None:
@@ -108,8 +133,6 @@ def _normalise(graph: onnx.GraphProto, source: onnx.ValueInfoProto, normalisatio
     nodes = [*steps, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    info = helper.make_tensor_value_info(source.name, TensorProto.UINT8, ["n", "h", "w", 3])
-    source.CopyFrom(info)
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
@@ -123,20 +146,6 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
                     names[i] = new
 
 
-def _free(wanted: str, taken: set[str]) -> str:
-    """`wanted`. Raises PlanError if a tensor inside the network has that name."""
-    if wanted in taken:
-        raise PlanError(f"has an inner tensor named {wanted!r}", fix="rename it, or its input and output to rgb and logits")
-    return wanted
-
-
 def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     """0 stands for a size that is not fixed."""
     return tuple(int(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
-
-
-def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> Normalisation:
-    """`mean` and `std` of three channels each. Raises PlanError for other counts, or a deviation of 0."""
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise PlanError("mean and deviation are three numbers each, the deviations above 0")
-    return Normalisation(tuple(mean), tuple(std))
