@@ -37,6 +37,9 @@ def command(
     ),
     mean: str = typer.Option("0,0,0", help="Of an .onnx file of floats: subtracted from RGB in 0..1."),
     std: str = typer.Option("1,1,1", help="Of an .onnx file of floats: what that is divided by."),
+    mpp: float = typer.Option(
+        None, help="Micrometres a pixel that the network was trained at: what infer reads slides at."
+    ),
     tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU (fp16)."),
     hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
@@ -56,7 +59,7 @@ def command(
     if tensorrt:
         request.check()
     gate = {"agreement": gate_agreement, "mean_iou": gate_miou / 100}
-    options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance)
+    options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance, mpp)
     foreign = source.suffix.lower() == ".onnx"
     if foreign != bool(classes):
         raise UsageError("an .onnx file and --classes need each other", where=source)

@@ -38,6 +38,8 @@ def command(
         metavar="SPEC",
         help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
     ),
+    mpp: float = typer.Option(None, help="Micrometres a pixel to read at (default: slides at the plan's)."),
+    level: int = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -47,7 +49,7 @@ def command(
     from histoseg_fast.pipeline.run import InferOptions, Progress, infer
     from histoseg_fast.plans import open_plan
 
-    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities, postprocess)
+    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities, postprocess, mpp, level)
     display = Display()
     try:
         totals, record = infer(

@@ -234,6 +234,8 @@ class Job:
         return files | {
             "width": self.grid.width,
             "height": self.grid.height,
+            "level": self.image.level,
+            "mpp": self.image.mpp,
             "pixels": {name: int(n) for name, n in zip(names, self.counts, strict=True)},
             "mean_confidence": round(int(self.confidence.sum()) / (CONFIDENCE_ONE * total), 9),
         }

@@ -107,12 +107,15 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     """DIR/summary.csv, a row for each done image in the order of names, the same for any order of work.
 
     Columns: image, width, height (pixels), for each class its pixels and share of the image, tumour_stroma_ratio
-    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1).
+    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1), mpp (micrometres
+    a pixel) and each class's area in square micrometres (all empty where the image does not state its resolution).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
-    writer.writerow(["image", "width", "height", *columns, "tumour_stroma_ratio", "mean_confidence"])
+    areas = [f"{name}_um2" for name in classes]
+    scores_of = ["tumour_stroma_ratio", "mean_confidence", "mpp"]
+    writer.writerow(["image", "width", "height", *columns, *scores_of, *areas])
     for entry in sorted(entries, key=lambda e: e["input"]):
         if entry["status"] != "done":
             continue
@@ -121,7 +124,10 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
         shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
         ratio = tumour_stroma_ratio(entry["pixels"])
         scores = ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
-        writer.writerow([entry["input"], entry["width"], entry["height"], *shares, *scores])
+        mpp = entry.get("mpp")
+        sizes = ["" for _ in areas] if mpp is None else [f"{count * mpp * mpp:.1f}" for count in counts]
+        shown = "" if mpp is None else f"{mpp:.6g}"
+        writer.writerow([entry["input"], entry["width"], entry["height"], *shares, *scores, shown, *sizes])
     with atomic_write(out / SUMMARY) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 

@@ -15,6 +15,7 @@ import numpy as np
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
 from histoseg_fast.errors import ImageError, UsageError
+from histoseg_fast.images import Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
@@ -33,7 +34,8 @@ MAX_GPU_READERS = 16
 @dataclass(frozen=True)
 class InferOptions:
     """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
-    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it.
+    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it. mpp, level:
+    the resolution to read at (see `Resolution`; neither: slides at the plan's).
     """
 
     device: str = "auto"
@@ -44,6 +46,8 @@ class InferOptions:
     overlay: bool = False
     probabilities: bool = False
     postprocess: str = "plan"
+    mpp: float | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def infer(
     started = time.perf_counter()
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
+    resolution = Resolution(options.level, options.mpp, plan.mpp)
     outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
@@ -79,7 +84,7 @@ def infer(
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
-                stream = _stream(engine, plan, sources, outputs, manifest, options, progress)
+                stream = _stream(engine, plan, sources, outputs, manifest, resolution, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
                     totals = stream.run(progress.poll)
@@ -118,6 +123,7 @@ def _stream(
     sources: Sequence[Source],
     outputs: Outputs,
     manifest: Manifest,
+    resolution: Resolution,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
@@ -127,6 +133,7 @@ def _stream(
         "postprocess": outputs.postprocess.as_json(),
         "device": engine.device.partition(":")[0],
         "precision": engine.precision,
+        "resolution": asdict(resolution),
     }
     most = MAX_READERS if engine.device == "cpu" else MAX_GPU_READERS
     readers = max(1, min(most, (options.threads or available_cores()) // 2))
@@ -141,6 +148,7 @@ def _stream(
         batch=options.batch or engine.batch,
         readers=readers,
         writers=readers,
+        resolution=resolution,
         key=run_key(plan.sha256, decisive),
         on_image=progress.image,
     )
