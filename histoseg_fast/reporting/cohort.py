@@ -132,6 +132,7 @@ def _row(entry: dict[str, Any], classes: tuple[str, ...]) -> Row | None:
         pixels = tuple(_number(entry["pixels"][name], MAX_SIDE**2, whole=True) for name in classes)
         width, height = (_number(entry[side], MAX_SIDE, whole=True) for side in ("width", "height"))
         confidence = _number(entry["mean_confidence"], 1.0)
+        warnings = tuple(map(str, entry.get("warnings") or ()))
         seconds = {str(stage): _number(value, MAX_SECONDS) for stage, value in dict(entry.get("seconds", {})).items()}
     except (KeyError, TypeError, ValueError):
         return None
@@ -151,7 +152,7 @@ def _row(entry: dict[str, Any], classes: tuple[str, ...]) -> Row | None:
         pixels,
         tumour_stroma_ratio(dict(zip(classes, pixels, strict=True))),
         confidence,
-        tuple(map(str, entry.get("warnings") or ())),
+        warnings,
         seconds,
     )
 

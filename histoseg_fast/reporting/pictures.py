@@ -175,7 +175,7 @@ def _fit(
     while True:
         mask = b"" if ids is None or palette is None else palette_png(ids, palette.colours)
         for quality in QUALITIES:
-            image = b"" if rgb is None else imagecodecs.jpeg8_encode(rgb, level=quality)
+            image = b"" if rgb is None else bytes(imagecodecs.jpeg8_encode(rgb, level=quality))
             if len(image) + len(mask) <= share:
                 return image, mask
         sides = [max(array.shape[:2]) for array in (rgb, ids) if array is not None]

@@ -115,9 +115,10 @@
   /** Rows without a value come last in both directions; equal ones stay in the order of names. */
   const compare = (a, b) => {
     const [x, y] = [a, b].map((index) => byKey[state.sort].value(rows[index]));
-    if (x === null || y === null) return (x === null) - (y === null) || a - b;
+    const byName = () => collator.compare(rows[a].name, rows[b].name) || a - b;
+    if (x === null || y === null) return (x === null) - (y === null) || byName();
     const order = typeof x === "string" ? collator.compare(x, y) : x - y;
-    return (state.descending ? -order : order) || a - b;
+    return (state.descending ? -order : order) || byName();
   };
 
   /** Put the first `limit` of the listed images on the page, adding to what is there. */
@@ -201,10 +202,9 @@
     if (origin) view(state.listed.indexOf(+origin.dataset.index));
   };
   viewer.addEventListener("close", () => {
-    const inTable = state.as === "table";
     if (place >= state.limit) { state.limit = place + 1; show(); }
-    (inTable ? body : gallery).children[place]?.closest("tr, .card").matches("tr")
-      ? body.children[place].querySelector("button").focus() : gallery.children[place]?.focus();
+    const seen = (state.as === "table" ? body : gallery).children[place];
+    (seen?.querySelector("button") ?? seen)?.focus();
     stage.replaceChildren();
   });
   viewer.addEventListener("keydown", (event) => {
@@ -253,10 +253,11 @@
     if (column.text) $("column").append(make("option", { value: column.key }, column.label));
   }
   classes.forEach((name, i) => $("legend").append(make("li", {}, make("span", { className: `swatch class-${i}` }), name)));
-  for (const id of ["search", "status", "column", "low", "high"]) $(id).addEventListener("input", list);
-  $("sort").addEventListener("input", () => { state.sort = $("sort").value; list(); });
+  for (const id of ["search", "low", "high"]) $(id).addEventListener("input", list);
+  for (const id of ["status", "column"]) $(id).addEventListener("change", list);
+  $("sort").addEventListener("change", () => { state.sort = $("sort").value; list(); });
   $("direction").addEventListener("click", () => { state.descending = !state.descending; list(); });
-  $("reset").addEventListener("click", () => { $("tools").reset(); setView("overlay"); setTint(40); setAs(state.as); list(); });
+  $("clear").addEventListener("click", () => { $("tools").reset(); setView("overlay"); setTint(40); setAs(state.as); list(); });
   $("print").addEventListener("click", () => prepare().then(() => print()));
   const setAs = (as) => { state.as = as; document.querySelector(`input[name=as][value=${as}]`).checked = true; };
   for (const radio of document.querySelectorAll("input[name=as]")) radio.addEventListener("change", () => { setAs(radio.value); list(); });
