@@ -29,7 +29,7 @@ def counts(values: Sequence[float]) -> list[int]:
     """How many of `values`, 0 to 1, lie in each of `BINS` equal bins; the last one is closed."""
     bins = [0] * BINS
     for value in values:
-        bins[min(BINS - 1, int(value * BINS))] += 1
+        bins[min(BINS - 1, int(round(value * BINS, 7)))] += 1
     return bins
 
 
@@ -42,8 +42,9 @@ def histogram(title: str, column: str, values: Sequence[float], unit: str) -> st
         if count:
             height = max(2.0, HEIGHT * count / most)
             low, high = (f"{scale * edge / BINS:g}" for edge in (i, i + 1))
+            below = high if i + 1 < BINS else ""
             bars.append(
-                f'<rect class="bar" data-column="{column}" data-low="{low}" data-high="{high}" '
+                f'<rect class="bar" data-column="{column}" data-low="{low}" data-high="{below}" '
                 f'x="{i * step + 0.5:.1f}" y="{HEIGHT - height:.1f}" width="{step - 1:.1f}" height="{height:.1f}">'
                 f"<title>{low} to {high}{' %' if unit else ''}: {count}</title></rect>"
             )

@@ -107,8 +107,8 @@
       if (status === "failed" && !failed) return false;
       if (status === "notes" && (failed || !row.notes.length)) return false;
       if (low === null && high === null) return true;
-      const value = column.value(row);
-      return value !== null && (low === null || value >= low) && (high === null || value <= high);
+      const value = column.value(row), exact = Math.round(value * 1e7) / 1e7;  // 100 * 0.55 is a little more than 55
+      return value !== null && (low === null || exact >= low) && (high === null || exact < high);
     });
   };
 
