@@ -193,7 +193,7 @@ def palette_png(ids: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> byt
         (b"IHDR", struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], 8, 3, 0, 0, 0)),
         (b"PLTE", bytes(value for colour in colours for value in colour)),
         (b"tRNS", b"\0"),
-        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        (b"IDAT", zlib.compress(rows.tobytes())),
         (b"IEND", b""),
     ]
     parts = [
