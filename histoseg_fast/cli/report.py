@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -17,7 +18,11 @@ def command(
     from histoseg_fast.errors import one_line
     from histoseg_fast.reporting.page import write_report
 
-    written = write_report(folder, out)
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    written = write_report(folder, out, progress)
     told = [f"{written.done} done, {written.failed} failed"]
     if written.without_image:
         told.append(f"{written.without_image} without the image (gone, changed or unreadable since the run)")

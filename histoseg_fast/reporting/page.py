@@ -10,7 +10,7 @@ import os
 import statistics
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ class Written:
     size: int
 
 
-def write_report(folder: Path, target: Path | None = None) -> Written:
+def write_report(
+    folder: Path, target: Path | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Written:
     """Write the report of the run in `folder` to `target` (default: report.html in it), whole or not at all.
 
-    Raises UsageError (`folder` holds no run), DataError (run.json is damaged), HistosegError (cannot be written).
+    `progress` is called after each image with how many are over, and how many there are. Raises UsageError (`folder` holds no run), DataError (run.json is damaged), HistosegError (cannot be written).
     """
     cohort = read_cohort(folder)
     target = target or folder / REPORT
@@ -60,6 +62,7 @@ def write_report(folder: Path, target: Path | None = None) -> Written:
                 without_mask += row.done and not picture.mask
                 stream.write(_picture_block(i, picture))
                 rows.append(_row_data(row, picture, _links(cohort.folder, row, target)))
+                progress(i + 1, len(cohort.rows))
             data = {"classes": [one_line(name) for name in cohort.classes], "rows": rows}
             stream.write(f'<script type="application/json" id="data">{script_json(data)}</script>\n'.encode())
             stream.write(tail.encode())
