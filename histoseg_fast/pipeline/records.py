@@ -31,18 +31,7 @@ class Manifest:
         out.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(out / LOCK)
         self._lock = threading.Lock()
-        self.entries: dict[str, dict[str, Any]] = {}
-        whole = 0
-        if self.path.exists():
-            with open(self.path, "rb") as stream:
-                for line in stream:
-                    if not line.endswith(b"\n"):
-                        break
-                    whole += len(line)
-                    with contextlib.suppress(ValueError):
-                        entry = json.loads(line)
-                        if isinstance(entry, dict) and isinstance(entry.get("input"), str):
-                            self.entries[entry["input"]] = entry
+        self.entries, whole = read_entries(self.path)
         self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
         self._stream.truncate(whole)
 
@@ -71,6 +60,25 @@ class Manifest:
         with contextlib.suppress(OSError):  # what a full disk did not take; `add` has raised for it
             self._stream.close()
         self._lock_file.close()
+
+
+def read_entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The last line of each image in a manifest, in the order in which images first came, and how many bytes are whole
+    lines; nothing where there is no manifest.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    whole = 0
+    if path.exists():
+        with open(path, "rb") as stream:
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                with contextlib.suppress(ValueError, RecursionError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and isinstance(entry.get("input"), str):
+                        entries[entry["input"]] = entry
+    return entries, whole
 
 
 def _lock(path: Path) -> io.IOBase:
@@ -142,6 +150,11 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
     """DIR/run.json."""
     with atomic_write(out / RUN) as stream:
         stream.write((json.dumps(record, indent=1, default=os.fspath) + "\n").encode())
+
+
+def drop_run(out: Path) -> None:
+    """Remove the run.json of an earlier run: while there is none, a run is going on, or was cut off."""
+    (out / RUN).unlink(missing_ok=True)
 
 
 def clear_partials(out: Path) -> None:

@@ -18,7 +18,15 @@ from histoseg_fast.errors import ImageError, UsageError
 from histoseg_fast.images import Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
-from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
+from histoseg_fast.pipeline.records import (
+    MANIFEST,
+    Manifest,
+    clear_partials,
+    drop_run,
+    run_key,
+    write_run,
+    write_summary,
+)
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.plan import Plan
@@ -84,6 +92,7 @@ def infer(
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
+                drop_run(out)
                 stream = _stream(engine, plan, sources, outputs, manifest, resolution, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
@@ -160,6 +169,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "versions": _versions(engine),
         "plan": plan.name,
         "plan_sha256": plan.sha256,
+        "key": stream.key,
         "device": engine.device,
         "engine": engine.name,
         "precision": engine.precision,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import queue
 import threading
 import time
@@ -320,7 +321,7 @@ class Stream:
         """What every manifest line says; `job` where the image could be opened."""
         engine = {"engine": self.engine.name, "device": self.engine.device, "precision": self.engine.precision}
         known = {} if job is None else {"sha256": job.image.sha256, "key": self.key, "warnings": job.warnings}
-        return {"input": source.name, **known, **engine}
+        return {"input": source.name, "path": os.path.abspath(source.path), **known, **engine}
 
     def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:
         if job is not None:
