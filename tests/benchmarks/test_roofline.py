@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from benchmark_scripts import benchmark
+from benchmark_scripts import ROOT, benchmark
 from torch import nn
 
 from histoseg_fast.models.network import rebuild
@@ -114,3 +114,19 @@ def test_the_command(tiny_plan_path, tmp_path, monkeypatch, capsys):
     assert (found["batch"], found["flops_a_second"], found["bytes_a_second"]) == (2, 1e12, 5e11)
     lines = capsys.readouterr().out.splitlines()
     assert "predicted, not measured" in lines[0] and len(lines) == 2 + len(found["passes"]) + 2
+
+
+@pytest.mark.parametrize("name", ["final", "fast"])
+def test_the_page_says_what_the_script_says(name):
+    """docs/roofline.md, its first table: batches of 4 on the script's own card."""
+    found = roofline.measure(roofline.network_passes(open_plan(name), 720, 1128, 4), 4, Card(790e12, 4.8e12))
+    text = (ROOT / "docs" / "roofline.md").read_text(encoding="utf-8")
+    images = round(found["predicted_images_a_second"], -2 if name == "fast" else 0)
+    micro = 1e6 / 4
+    for words in (
+        f"**{micro * found['predicted_seconds']:.0f} us, {images:,.0f} images/s**",
+        f"TFLOP: {micro * found['compute_seconds']:.0f} us",
+        f"{found['bytes'] / 4e6:.0f} MB: {micro * found['memory_seconds']:.0f} us",
+        f" {found['memory_bound_share']:.0%} |".replace("%", " %"),
+    ):
+        assert words in text

@@ -45,6 +45,8 @@ class TensorRTNetwork(Network):
     so far needs, and the logits.
     """
 
+    _memory: PycudaMemory
+
     def __init__(self, prepared: Prepared, memory: PycudaMemory, classes: int, report: Report):
         super().__init__(memory, classes, report)
         self._prepared: Prepared | None = prepared
