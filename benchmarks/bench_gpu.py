@@ -1,16 +1,19 @@
-"""What a GPU does against what it could do: its matrix rate, the network alone, the engine alone, end to end.
+"""What a GPU does against what it could do: its rates, the network alone, the engine alone, end to end.
 
-    python benchmarks/bench_gpu.py [--engine final] [--library torch|tensorrt] [--images 400] [--json FILE]
+    python benchmarks/bench_gpu.py [--engine final] [--library torch|tensorrt] [--images 1000] [--json FILE]
 
 On made-up fields of 1128x720. The limit is the network's floating point operations over the rate of a large fp16
-matrix product on the same card, measured just before. "network alone" has its input on the device and leaves its
-logits there; "engine alone" starts and ends in page-locked memory; "end to end" is `infer` from PNG to mask files.
+matrix product on the same card, measured just before; "roofline" takes the bandwidth of a copy into account, too, pass
+by pass (`roofline.py`). "network alone" has its input on the device and leaves its logits there; "engine alone" starts
+and ends in page-locked memory; "end to end" is `infer` without post-processing from PNG to mask files, from the first
+batch to the last: the engine's start is counted apart. The GPU is busy for as long as the network alone takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -21,15 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from roofline import Card, network_passes
+from roofline import measure as measure_roofline
 
-from histoseg_fast import _core
-from histoseg_fast.engines import open_engine
+from histoseg_fast.engines import Engine, Slot, open_engine
 from histoseg_fast.engines.devices import LIBRARY_VARIABLE
-from histoseg_fast.engines.gpu import GpuEngine
+from histoseg_fast.engines.gpu import GpuEngine, GpuSlot
 from histoseg_fast.images import write_png
-from histoseg_fast.models.network import rebuild
-from histoseg_fast.pipeline.run import InferOptions, infer
+from histoseg_fast.pipeline.run import InferOptions, Progress, infer
 from histoseg_fast.plan import Plan
 from histoseg_fast.plans import open_plan
 from histoseg_fast.synthetic import make_field
@@ -38,7 +40,12 @@ from histoseg_fast.tiling import pad_to_stride
 FIELDS = 4
 """Different fields; more images repeat them under other names."""
 MATRIX = 8192
+COPY_BYTES = 1 << 30
+STITCH_TILES = 32
+"""Enough that the launch does not count and no cache holds the logits."""
 REPEATS = 5
+BARS = {"network": 0.55, "end to end": 0.9, "busy": 0.95, "stitch": 0.8}
+"""What is wanted: network, of its limit; end to end, of the engine alone; GPU, of the time; stitching, of a copy."""
 
 
 def median_seconds(work: Callable[[], None], runs: int, wait: Callable[[], None]) -> float:
@@ -61,55 +68,46 @@ def matrix_rate(device: str, side: int = MATRIX) -> float:
     return 2 * side**3 / median_seconds(lambda: torch.matmul(a, b, out=out), 20, torch.cuda.synchronize)
 
 
-def copy_rate(device: str, size: int = 1 << 30) -> float:
+def copy_rate(device: str, size: int = COPY_BYTES) -> float:
     """Bytes read and written a second of a copy within the device."""
     a = torch.empty(size, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * size / median_seconds(lambda: b.copy_(a), 20, torch.cuda.synchronize)
 
 
-def operations(plan: Plan, height: int, width: int) -> int:
-    """Floating point operations (two a multiply-add) of the plan's convolutions on one image."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal total
-        places = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-        total += 2 * module.weight.numel() * places.shape[-1] * places.shape[-2]  # type: ignore[operator,union-attr]
-
-    network = rebuild(plan).to("meta")
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(count)
-    network(torch.empty(1, height, width, 3, dtype=torch.uint8, device="meta"))
-    return total
-
-
 def network_seconds(engine: GpuEngine, field: np.ndarray, batch: int) -> float:
     """Seconds an image of the network on tiles that are on the device."""
     memory, shape = engine._memory, (batch, *field.shape[:2])
     with memory.current():
-        rgb = memory.allocate(batch * field.size)
+        rgb, host = memory.allocate(batch * field.size), memory.pinned(batch * field.size)
+        host.reshape(batch, *field.shape)[...] = field
+        memory.upload(rgb, host, engine._running)
         wait = memory.synchronise
         seconds = median_seconds(lambda: engine._network.run(rgb, shape, engine._running), 20, wait)
         memory.free(rgb)
+        memory.free_pinned(host)
     return seconds / batch
 
 
-def stitch_rate(engine: GpuEngine, field: np.ndarray, batch: int) -> float:
-    """Bytes read and written a second of the stitch kernel."""
-    memory, (height, width) = engine._memory, field.shape[:2]
-    classes = engine._network.classes
+def stitch_rate(engine: GpuEngine, height: int, width: int, tiles: int = STITCH_TILES) -> float:
+    """Bytes read and written a second of the stitch kernel, on random logits."""
+    memory, classes = engine._memory, engine._network.classes
+    tile = np.random.default_rng(0).standard_normal((classes, height, width), np.float32)
     (slot,) = engine.slots(1)
-    slot.reshape(batch, height, width)
+    assert isinstance(slot, GpuSlot)
+    slot.reshape(tiles, height, width)
+    slot.cores[...] = (0, 0, height, width)
     with memory.current():
-        slot.prepare(batch)  # type: ignore[attr-defined]
-        slot.cores[...] = (0, 0, height, width)
-        memory.upload(slot.blocks["cores"], slot.cores, engine._running)  # type: ignore[attr-defined]
-        logits = engine._network.run(slot.blocks["rgb"], (batch, height, width), engine._running)  # type: ignore
-        seconds = median_seconds(lambda: engine._stitch(slot, batch, logits), 50, memory.synchronise)  # type: ignore
+        slot.prepare(tiles)
+        logits, host = memory.allocate(tiles * tile.nbytes), memory.pinned(tiles * tile.nbytes)
+        host.view(np.float32).reshape(tiles, *tile.shape)[...] = tile
+        memory.upload(slot.blocks["cores"], slot.cores, engine._running)
+        memory.upload(logits, host, engine._running)
+        seconds = median_seconds(lambda: engine._stitch(slot, tiles, logits), 50, memory.synchronise)
+        memory.free(logits)
+        memory.free_pinned(host)
     slot.close()
-    return batch * height * width * (4 * classes + 1) / seconds
+    return tiles * height * width * (4 * classes + 1) / seconds
 
 
 def engine_seconds(engine: GpuEngine, fields: list[np.ndarray], batch: int, images: int) -> float:
@@ -137,31 +135,59 @@ def engine_seconds(engine: GpuEngine, fields: list[np.ndarray], batch: int, imag
     return seconds / (batches * batch)
 
 
-def infer_images(plan: Plan, fields: list[np.ndarray], images: int, batch: int) -> dict[str, Any]:
-    """run.json of `infer` on files, its second run in this process (the engine is in the cache)."""
+class Window:
+    """The time from an engine's first batch in to its last batch out; `watch` is a `Progress.start`."""
+
+    first, last = math.inf, 0.0
+
+    def watch(self, engine: Engine, images: int, stream: object) -> None:
+        submit, wait = engine.submit, engine.wait
+
+        def timed_submit(slot: Slot) -> None:
+            self.first = min(self.first, time.perf_counter())
+            submit(slot)
+
+        def timed_wait(slot: Slot) -> None:
+            wait(slot)
+            self.last = time.perf_counter()
+
+        engine.submit, engine.wait = timed_submit, timed_wait  # type: ignore[method-assign]
+
+    @property
+    def seconds(self) -> float:
+        return self.last - self.first
+
+
+def infer_images(plan: Plan, fields: list[np.ndarray], images: int) -> tuple[dict[str, Any], float]:
+    """run.json of `infer` on files and the seconds of its batches: of the second run, whose engine is in the cache."""
+    options = InferOptions(device="cuda", postprocess="none")
     with tempfile.TemporaryDirectory() as scratch:
-        for i in range(images):
-            write_png(Path(scratch, "images", f"field_{i:04}.png"), fields[i % len(fields)])
+        folder = Path(scratch, "images")
+        for i, field in enumerate(fields):
+            write_png(folder / f"field_{i:05}.png", field)
+        for i in range(len(fields), images):
+            os.link(folder / f"field_{i % len(fields):05}.png", folder / f"field_{i:05}.png")
         for name in ("first", "second"):
-            _, record = infer(
-                plan, [scratch + "/images"], Path(scratch, name), InferOptions(device="cuda", batch=batch)
-            )
-    return record
+            window = Window()
+            _, record = infer(plan, [str(folder)], Path(scratch, name), options, Progress(start=window.watch))
+    return record, window.seconds
 
 
 def measure(plan: Plan, images: int, batches: list[int]) -> dict[str, Any]:
     """Every figure, as JSON values."""
     fields = [make_field(seed)[0] for seed in range(FIELDS)]
     padded = [pad_to_stride(field, plan.stride) for field in fields]
-    height, width = fields[0].shape[:2]
-    work, rate, copies = operations(plan, height, width), matrix_rate("cuda"), copy_rate("cuda")
+    card = Card(matrix_rate("cuda"), copy_rate("cuda"))
+    roofline = measure_roofline(network_passes(plan, *fields[0].shape[:2], max(batches)), max(batches), card)
+    limit = 2 * roofline["macs"] / max(batches) / card.flops
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "plan": plan.name,
-        "operations": work,
-        "matrix_rate": rate,
-        "copy_rate": copies,
-        "limit_seconds": work / rate,
+        "operations": 2 * roofline["macs"] // max(batches),
+        "matrix_rate": card.flops,
+        "copy_rate": card.bandwidth,
+        "limit_seconds": limit,
+        "roofline_seconds": roofline["predicted_seconds"] / max(batches),
         "batches": {},
     }
     with open_engine(plan, device="cuda", batch=max(batches), report=print) as engine:
@@ -169,35 +195,48 @@ def measure(plan: Plan, images: int, batches: list[int]) -> dict[str, Any]:
         found |= {"engine": engine.name, "precision": engine.precision}
         for batch in batches:
             alone = network_seconds(engine, padded[0], batch)
-            found["batches"][batch] = {
-                "network_seconds": alone,
-                "engine_seconds": engine_seconds(engine, padded, batch, images),
-                "share_of_limit": work / rate / alone,
-            }
-        if _core.cuda_built:
-            found["stitch_rate"] = stitch_rate(engine, padded[0], 4)
-    record = infer_images(plan, fields, images, 0)
-    seconds = record["wall_seconds"] / images
-    best = min(row["network_seconds"] for row in found["batches"].values())
-    return {**found, "infer_seconds": seconds, "busy_share": best / seconds, "run": record}
+            seconds = engine_seconds(engine, padded, batch, images)
+            found["batches"][batch] = {"network_seconds": alone, "engine_seconds": seconds}
+        if engine._memory.kernels:
+            found["stitch_rate"] = stitch_rate(engine, *padded[0].shape[:2])
+    record, window = infer_images(plan, fields, images)
+    rows = found["batches"].values()
+    alone, seconds = (min(row[key] for row in rows) for key in ("network_seconds", "engine_seconds"))
+    found["stream_seconds"], found["whole_seconds"] = window / images, record["wall_seconds"] / images
+    found["shares"] = {"network": limit / alone, "end to end": seconds * images / window}
+    found["shares"]["busy"] = found["batches"].get(record["batch"], {"network_seconds": alone})["network_seconds"]
+    found["shares"]["busy"] *= images / window
+    if "stitch_rate" in found:
+        found["shares"]["stitch"] = found["stitch_rate"] / card.bandwidth
+    return {**found, "run": record}
 
 
 def table(found: dict[str, Any]) -> str:
     """The figures for a person."""
+
+    def line(what: str, seconds: float, more: str = "") -> str:
+        return f"{what:<38}{1e3 * seconds:>10.3f} ms  {more}".rstrip()
+
+    def share(name: str) -> str:
+        return f"({found['shares'][name]:.1%}; {BARS[name]:.0%} wanted)" if name in found["shares"] else "(no kernels)"
+
     lines = [
-        f"{found['gpu']}; {found['plan']}, {found['engine']}, {found['precision']}; seconds an image of 1128x720",
-        f"{'fp16 matrix product':<34}{found['matrix_rate'] / 1e12:>10.1f} TFLOP/s",
-        f"{'limit':<34}{1e3 * found['limit_seconds']:>10.3f} ms  ({found['operations'] / 1e12:.3f} TFLOP)",
+        f"{found['gpu']}; {found['plan']}, {found['engine']}, {found['precision']}; an image of 1128x720",
+        f"fp16 matrix product {found['matrix_rate'] / 1e12:.1f} TFLOP/s, copy {found['copy_rate'] / 1e9:.0f} GB/s",
+        line("limit", found["limit_seconds"], f"{found['operations'] / 1e12:.4f} TFLOP"),
+        line("roofline", found["roofline_seconds"]),
     ]
     for batch, row in found["batches"].items():
-        share = f"({row['share_of_limit']:.0%} of the limit)"
-        lines.append(f"{f'network alone, batch {batch}':<34}{1e3 * row['network_seconds']:>10.3f} ms  {share}")
-        lines.append(f"{f'engine alone, batch {batch}':<34}{1e3 * row['engine_seconds']:>10.3f} ms")
-    lines.append(f"{'end to end, engine start included':<34}{1e3 * found['infer_seconds']:>10.3f} ms")
-    lines.append(f"{'GPU busy end to end':<34}{found['busy_share']:>10.1%}")
-    if "stitch_rate" in found:
-        share = f"({found['stitch_rate'] / found['copy_rate']:.0%} of a copy's {found['copy_rate'] / 1e9:.0f})"
-        lines.append(f"{'stitch kernel':<34}{found['stitch_rate'] / 1e9:>10.1f} GB/s  {share}")
+        lines.append(line(f"network alone, batch {batch}", row["network_seconds"]))
+        lines.append(line(f"engine alone, batch {batch}", row["engine_seconds"]))
+    lines += [
+        line("end to end, first batch to last", found["stream_seconds"], f"{1 / found['stream_seconds']:.0f} images/s"),
+        line("end to end, start and all", found["whole_seconds"]),
+        f"network alone, of its limit {share('network')}",
+        f"end to end, of the engine alone {share('end to end')}",
+        f"GPU busy, first batch to last {share('busy')}",
+        f"stitch kernel, of a copy's bytes a second {share('stitch')}",
+    ]
     return "\n".join(lines)
 
 
@@ -205,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", default="final")
     parser.add_argument("--library", choices=("torch", "tensorrt"))
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

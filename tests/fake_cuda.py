@@ -269,6 +269,7 @@ def _contexts(cuda: FakeCuda) -> dict[str, Any]:
             self.gpu = gpu
 
         def push(self) -> None:
+            self.gpu.call("push")
             cuda.stack.append(self)
 
         @staticmethod

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 
-from histoseg_fast.engines.trt.gpu import gpu_count
+from histoseg_fast.engines.trt.gpu import NoGpuError, gpu_count
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.extras import has
 
@@ -43,10 +43,12 @@ def choose_gpus(device: str, report: Callable[[str], None]) -> tuple[tuple[int, 
         return (), ""
     try:
         count = gpu_count()
-    except EngineError:
-        if indices is None:
-            return (), ""
-        raise
+    except EngineError as error:
+        if indices is not None:
+            raise
+        if not isinstance(error, NoGpuError):
+            report(f"going on with the CPU: {error}")
+        return (), ""
     if indices is None:
         indices = (0,) if count else ()
     if missing := [index for index in indices if index >= count]:

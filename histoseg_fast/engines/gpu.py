@@ -37,7 +37,7 @@ Report = Callable[[str], None]
 
 
 class Network(ABC):
-    """A network on one GPU: queues work on one stream, one batch after the other.
+    """A network on the GPU of `memory`, which is current: queues work on one stream, one batch after the other.
 
     Logits are float32 (n, classes, h, w), dense, and valid on that stream until the next `run`. `graphs` says whether
     shapes that come again are captured as CUDA graphs.
@@ -45,8 +45,8 @@ class Network(ABC):
 
     graphs = True
 
-    def __init__(self, classes: int, report: Report):
-        self.classes, self.report = classes, report
+    def __init__(self, memory: Memory, classes: int, report: Report):
+        self._memory, self.classes, self.report = memory, classes, report
         self._seen: set[Shape] = set()
         self._replays: dict[Shape, Callable[[Block], Block]] = {}
 
@@ -64,7 +64,8 @@ class Network(ABC):
 
     def _try_capture(self, shape: Shape, stream: Any) -> Callable[[Block], Block] | None:
         try:
-            self._replays[shape] = self.capture(shape, stream)
+            with self._memory.current():  # so that the library's own errors are known here, too
+                self._replays[shape] = self.capture(shape, stream)
         except EngineError as error:
             self.graphs = False
             self.report(f"going on without CUDA graphs: {error}")
@@ -119,8 +120,14 @@ class GpuSlot(Slot):
     def allocate(self, size: int) -> np.ndarray:
         with self._memory.current():
             self._release(self._buffer)
+            self._let_go()
             self._pinned.append(self._memory.pinned(size))
         return self._pinned[-1]
+
+    def _let_go(self) -> None:
+        """Point at none of the input's memory any more: it is freed."""
+        self._buffer = np.empty(0, np.uint8)
+        self.input, self.cores = self._buffer.reshape(0, 0, 0, 3), self._buffer.view(np.int32).reshape(0, 4)
 
     def _release(self, array: np.ndarray) -> None:
         for i, mine in enumerate(self._pinned):
@@ -212,9 +219,9 @@ class GpuSlot(Slot):
         with self._memory.current():
             self._memory.synchronise()
             self.drop()
-            self._buffer = self._results = np.empty(0, np.uint8)
-            self.input, self.logits = self._buffer.reshape(0, 0, 0, 3), None
-            self.cores = self._ids = self._sums = self._probabilities = self._buffer
+            self._let_go()
+            self.logits = None
+            self._results = self._ids = self._sums = self._probabilities = self._buffer
             while self._pinned:
                 self._memory.free_pinned(self._pinned.pop())
             self.loaded = self.ran = self.done = None
@@ -246,12 +253,17 @@ class GpuEngine(Engine):
         assert isinstance(slot, GpuSlot)
         with self._lock:
             bare = False
-            while True:
-                try:
-                    with self._memory.current():
-                        return self._queue(slot)
-                except OutOfMemory as error:
-                    bare = self._make_way(slot, bare, error)
+            while (lack := self._try(slot)) is not None:
+                bare = self._make_way(slot, bare, lack)
+
+    def _try(self, slot: GpuSlot) -> str | None:
+        """Queue the batch. Where there is no memory for it: what was said."""
+        try:
+            with self._memory.current():
+                self._queue(slot)
+        except OutOfMemory as error:  # it ends here, and with it what its frames hold on the device
+            return error.what
+        return None
 
     def _queue(self, slot: GpuSlot) -> None:
         n, h, w, _ = slot.input.shape
@@ -306,7 +318,7 @@ class GpuEngine(Engine):
             probabilities_ptr=blocks["probabilities"].address if slot.wants.probabilities else 0,
         )
 
-    def _make_way(self, slot: GpuSlot, bare: bool, error: OutOfMemory) -> bool:
+    def _make_way(self, slot: GpuSlot, bare: bool, lack: str) -> bool:
         """Free what is not needed and halve the batch; at one tile, try once more on the `bare` device."""
         n, h, w, _ = slot.input.shape
         with self._memory.current():
@@ -321,9 +333,9 @@ class GpuEngine(Engine):
             self._report(f"{self.device} is out of memory with {tried} tiles in a batch; going on with {self._most}")
         elif bare:
             raise EngineError(
-                f"{self.device} has not the memory for one tile of {w}x{h} pixels ({error.what})",
+                f"{self.device} has not the memory for one tile of {w}x{h} pixels ({lack})",
                 fix="use a smaller --tile, or --device cpu",
-            ) from error
+            )
         return tried == 1
 
     def wait(self, slot: Slot) -> None:

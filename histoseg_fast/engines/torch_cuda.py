@@ -128,11 +128,11 @@ class TorchMemory(Memory):
 
 
 class TorchNetwork(Network):
-    """The network of `plan` in "fp16" or "fp32" on `device`, with its channels last."""
+    """The network of `plan` in "fp16" or "fp32" on the device of `memory`, with its channels last."""
 
-    def __init__(self, plan: Plan, device: str, precision: str, report: Report):
-        super().__init__(len(plan.palette.names), report)
-        self._device, self._precision = torch.device(device), precision
+    def __init__(self, plan: Plan, memory: TorchMemory, precision: str, report: Report):
+        super().__init__(memory, len(plan.palette.names), report)
+        self._device, self._precision = torch.device(memory.device), precision
         self.graphs = self._device.type == "cuda"
         self._library: Any = torch.get_device_module(self._device)
         module = rebuild(plan)
@@ -207,7 +207,7 @@ class TorchEngine(GpuEngine):
     def __init__(self, plan: Plan, device: str, precision: str, report: Report = lambda line: None):
         memory = TorchMemory(device)
         with memory.current():
-            network = TorchNetwork(plan, device, precision, report)
+            network = TorchNetwork(plan, memory, precision, report)
         where = f" on {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
         super().__init__(
             memory, network, name=f"PyTorch {torch.__version__}{where}", precision=precision, report=report

@@ -12,6 +12,7 @@ from gpu_fixtures import gpu_here
 from histoseg_fast import engines
 from histoseg_fast.engines import choose_gpu_precision, devices, open_engine
 from histoseg_fast.engines.devices import choose_gpus, parse_device
+from histoseg_fast.engines.trt import gpu
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.plan import Plan
 
@@ -102,6 +103,23 @@ def test_gpus_that_are_not_there(libraries):
     assert choose("auto") == (((), ""), [])
     with pytest.raises(EngineError, match="there is no GPU 0: this machine has none"):
         choose("cuda")
+
+
+@pytest.mark.parametrize(("code", "told"), [(100, False), (999, True)])  # 100: no device, which is no fault
+def test_a_driver_that_does_not_start_is_told(monkeypatch, code, told):
+    monkeypatch.delenv(devices.LIBRARY_VARIABLE, raising=False)
+    library = types.SimpleNamespace(cuInit=lambda flags: code)
+    monkeypatch.setattr(gpu, "ctypes", types.SimpleNamespace(**{**vars(gpu.ctypes), "CDLL": lambda name: library}))
+    gpu.driver.cache_clear()
+    try:
+        line = (
+            f"going on with the CPU: the NVIDIA driver does not start (CUDA error {code}); run nvidia-smi; --device cpu"
+        )
+        assert choose("auto") == (((), ""), [line] if told else [])
+        with pytest.raises(EngineError, match=f"does not start .CUDA error {code}"):
+            choose("cuda")
+    finally:
+        gpu.driver.cache_clear()
 
 
 def test_missing_libraries_are_one_line(gpus, monkeypatch):

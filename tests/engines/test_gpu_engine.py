@@ -197,6 +197,21 @@ def test_without_graphs_it_goes_on(gpus, tiny_plan, call):
     cuda.check_nothing_left()
 
 
+def test_no_memory_for_a_graph_is_no_lack_of_memory_for_a_tile(gpus, tiny_plan):
+    """A graph has its own copy of the input; a batch without one fits as before."""
+    cuda = gpus.start()
+    engine = gpus.open(tiny_plan)
+    (slot,) = engine.slots(1)
+    run(engine, slot, 1, 8, 8)
+    cuda.gpus[0].memory = sum(region.size for region in cuda.gpus[0].device.values())
+    for seed in range(1, 4):
+        run(engine, slot, 1, 8, 8, seed=seed)
+    (line,) = gpus.lines
+    assert line.startswith("going on without CUDA graphs: CUDA failed on cuda:0 (cuMemAlloc failed: out of memory")
+    engine.close()
+    cuda.check_nothing_left()
+
+
 # -- out of memory ---------------------------------------------------------------------------------
 
 
@@ -258,6 +273,21 @@ def test_no_page_locked_memory_is_an_error(gpus, tiny_plan):
     cuda.check_nothing_left()
 
 
+def test_a_slot_that_could_not_grow_is_used_again(gpus, tiny_plan):
+    """What it had is freed by then: nothing may point there."""
+    cuda = gpus.start()
+    engine = gpus.open(tiny_plan)
+    (slot,) = engine.slots(1)
+    run(engine, slot, 4, 16, 16)
+    cuda.gpus[0].faults["pagelocked_empty"] = 1
+    with pytest.raises(EngineError, match="page-locked"):
+        slot.reshape(8, 16, 16)
+    assert slot.input.size == slot.cores.size == 0
+    run(engine, slot, 2, 16, 16)
+    engine.close()
+    cuda.check_nothing_left()
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
@@ -311,9 +341,10 @@ def test_a_device_that_fails_while_it_runs_is_an_error_and_closing_still_works(g
     cuda.gpus[0].dead = "an illegal memory access was encountered"
     with pytest.raises(EngineError, match=r"CUDA failed on cuda:0 .*illegal memory access"):
         engine.wait(slot)
-    with pytest.raises(EngineError, match="illegal memory access"):
+    with pytest.raises(EngineError, match=r"CUDA failed on cuda:0 .*illegal memory access"):
         engine.submit(slot)
     engine.close()
+    assert cuda.stack == []
 
 
 def test_the_kernels_errors_are_one_line(gpus, tiny_plan, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import numpy as np
 import onnx
@@ -128,7 +129,7 @@ class Graphs:
     """CUDA graphs of PyTorch that compute on the CPU what was captured."""
 
     def __init__(self, monkeypatch, network):
-        self.made, self.open = [], None
+        self.made, self.open, self.fault = [], None, None
         forward = network._forward
 
         def captured(rgb):
@@ -158,6 +159,8 @@ class Graphs:
         @contextlib.contextmanager
         def graph(graph, *, pool, stream, capture_error_mode):
             assert pool == "pool" and capture_error_mode == "thread_local"
+            if self.fault is not None:
+                raise self.fault
             graphs.open = graph
             try:
                 yield
@@ -183,6 +186,45 @@ def test_shapes_that_come_again_are_replayed(pictures, tmp_path, monkeypatch):
         run_stream(engine, pictures, tmp_path / "replayed", **options)
         assert len(graphs.made) >= 2 and all(graph.replays >= 1 for graph in graphs.made)
         assert results(tmp_path / "replayed") == results(tmp_path / "plain") and not lines
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (RuntimeError("CUDA error:\noperation not permitted"), "PyTorch failed on cpu (CUDA error: operation not"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
+    ],
+)
+def test_a_capture_that_fails_costs_a_line(monkeypatch, fault, words):
+    plan, lines = plan_of("one"), []
+    image = noise(32, 32)
+    with TorchEngine(plan, "cpu", "fp32", lines.append) as engine:
+        wanted = run_tiled(engine, plan, image)
+        Graphs(monkeypatch, engine._network).fault = fault
+        for _ in range(3):
+            np.testing.assert_array_equal(run_tiled(engine, plan, image), wanted)
+        (line,) = lines
+        assert line.startswith(f"going on without CUDA graphs: {words}") and not engine._network.graphs
+
+
+def test_what_did_not_fit_is_let_go_before_memory_is_made(monkeypatch):
+    """An error's frames hold what was computed so far: with it at hand, PyTorch could give none of that back."""
+    plan, held = plan_of("one"), []
+    with TorchEngine(plan, "cpu", "fp32") as engine:
+        module = engine._network._module
+
+        def tight(rgb):
+            if not held:
+                half_way = rgb.float()
+                held.append(weakref.ref(half_way))
+                raise torch.OutOfMemoryError("full")
+            return module(rgb)
+
+        gone = []
+        monkeypatch.setattr(engine._network, "_module", tight)
+        monkeypatch.setattr(engine._memory, "trim", lambda: gone.append(held[0]() is None))
+        run_tiled(engine, plan, noise(16, 16))
+    assert gone == [True]
 
 
 # -- plans that do not fit -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,17 @@ def test_the_least_recently_used_make_room(cache, tmp_path, monkeypatch):
     assert EngineCache("b" * 64, tmp_path).find(H200, VERSION) == (papers(), ENGINE)  # used: now newer than c
     EngineCache("d" * 64, tmp_path).keep(papers(), ENGINE)
     assert {path.parent.name[0] for path in entries(tmp_path)} == {"b", "d"}
+
+
+def test_what_was_half_written_long_ago_is_removed(cache, tmp_path):
+    """A process that was killed as it wrote left it; one that writes now does not lose its own."""
+    for name, age in (("old", 2 * caching.LOCK_SECONDS), ("new", 1.0)):
+        path = tmp_path / "e" / f".{name}.engine.1-0.partial"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    cache.keep(papers(), ENGINE)
+    assert [path.name for path in tmp_path.rglob("*.partial")] == [".new.engine.1-0.partial"]
 
 
 def test_an_engine_too_large_to_keep(monkeypatch):

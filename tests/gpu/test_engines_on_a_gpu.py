@@ -122,18 +122,20 @@ def test_out_of_memory_halves_the_batch(library, pictures, tmp_path):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("another process has to take the memory, and PyTorch finds no GPU")
+    # A layer of `final` takes and gives 0.4 GB a tile: 8 do not fit 2 GiB, one does. More than 12 would be refused by
+    # TensorRT when it builds: 128 channels of them are 2^31 values.
     plan, lines = plan_of("final"), []
-    with open_engine(plan, device="cuda", tile=1024, batch=64, report=lines.append) as engine:
-        options = stream_options(plan, tile=1024, batch=64)
-        for i in range(70):
+    with open_engine(plan, device="cuda", tile=1024, batch=8, report=lines.append) as engine:
+        options = stream_options(plan, tile=1024, batch=8)
+        for i in range(20):
             write_png(tmp_path / "in" / f"{i}.png", picture(i % 3, 1000, 1000))
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        hog = torch.empty(max(0, free - (4 << 30)), dtype=torch.uint8, device="cuda")
+        hog = torch.empty(max(0, free - (2 << 30)), dtype=torch.uint8, device="cuda")
         totals = run_stream(engine, tmp_path / "in", tmp_path / "out", **options)
         del hog
     torch.cuda.empty_cache()
-    assert totals.done == 70 and any("out of memory" in line for line in lines)
+    assert totals.done == 20 and any("out of memory" in line for line in lines)
 
 
 def test_memory_is_given_back(library, pictures, tmp_path):
@@ -149,7 +151,7 @@ def test_memory_is_given_back(library, pictures, tmp_path):
     assert free[-1] >= free[1] - (64 << 20)
 
 
-def test_pytorch_may_work_beside_it(library, pictures, tmp_path):
+def test_another_thread_may_use_the_gpu(library, pictures, tmp_path):
     """The primary context is shared; another thread's work on the default stream harms nothing."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

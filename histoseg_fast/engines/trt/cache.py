@@ -22,7 +22,7 @@ from histoseg_fast.engines.trt.info import (
     unpack_header,
 )
 from histoseg_fast.errors import EngineError
-from histoseg_fast.files import atomic_write
+from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write
 
 MAX_CACHE_BYTES = 8 << 30
 """All engines together; the least recently used are removed first."""
@@ -61,11 +61,16 @@ class EngineCache:
         return reason
 
     def keep(self, info: EngineInfo, data: bytes) -> None:
-        """Add an engine, whole or not at all; remove the least recently used ones beyond the limit. Raises OSError."""
+        """Add an engine, whole or not at all; remove the least recently used ones beyond the limit, and what was only
+        half written long ago. Raises OSError."""
         path = self._folder / f"{_slug(f'{info.gpu.sm}-{info.gpu.name}')}-{_slug(info.tensorrt)}{SUFFIX}"
         with atomic_write(path) as stream:
             stream.write(pack_entry(info, data))
         total = 0
+        for left in self._root.rglob(f"*{TEMPORARY_SUFFIX}"):  # by a process that was killed as it wrote
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > LOCK_SECONDS:
+                    left.unlink()
         for entry in sorted(self._entries(self._root), key=_age):
             with contextlib.suppress(OSError):  # another process may be removing it, too
                 total += entry.stat().st_size

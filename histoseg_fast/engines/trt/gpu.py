@@ -12,6 +12,11 @@ from histoseg_fast.errors import EngineError, one_line
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NAME_BYTES = 256
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+
+
+class NoGpuError(EngineError):
+    """A machine without an NVIDIA GPU, or without its driver: nothing is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,21 @@ class Gpu:
 
 @functools.cache
 def driver() -> ctypes.CDLL:
-    """The CUDA driver's library, started. Raises EngineError where there is none; that costs a look at the disk."""
+    """The CUDA driver's library, started. Raises NoGpuError where there is none, which costs a look at the disk;
+    EngineError where it does not start.
+    """
     try:
         cuda = ctypes.CDLL(_DRIVER)
     except OSError as error:
-        raise EngineError("no NVIDIA driver was found", fix="use --device cpu") from error
+        raise NoGpuError("no NVIDIA driver was found", fix="use --device cpu") from error
     if code := cuda.cuInit(0):
-        raise EngineError(f"the NVIDIA driver does not start (CUDA error {code})", fix="run nvidia-smi; --device cpu")
+        kind = NoGpuError if code == _NO_DEVICE else EngineError
+        raise kind(f"the NVIDIA driver does not start (CUDA error {code})", fix="run nvidia-smi; --device cpu")
     return cuda
 
 
 def gpu_count() -> int:
-    """How many GPUs this process may use. Raises EngineError where there is no driver."""
+    """How many GPUs this process may use. Raises what `driver` raises."""
     count = ctypes.c_int()
     _call(driver().cuDeviceGetCount, ctypes.byref(count))
     return count.value

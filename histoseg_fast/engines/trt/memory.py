@@ -69,13 +69,14 @@ class PycudaMemory(Memory):
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        self._context.push()
         try:
-            yield
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._context.pop()
         except self._cuda.Error as error:
             raise failure(f"CUDA failed on {self.device}", error) from error
-        finally:
-            self._context.pop()
 
     def pinned(self, size: int) -> np.ndarray:
         try:

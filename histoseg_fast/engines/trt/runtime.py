@@ -45,11 +45,12 @@ class TensorRTNetwork(Network):
     so far needs, and the logits.
     """
 
+    _memory: PycudaMemory
+
     def __init__(self, prepared: Prepared, memory: PycudaMemory, classes: int, report: Report):
-        super().__init__(classes, report)
+        super().__init__(memory, classes, report)
         self._prepared: Prepared | None = prepared
         self._profiles: tuple[Profile, ...] = prepared.info.profiles
-        self._memory = memory
         self._blocks: dict[str, Block] = {}
         self._captured: list[_Captured] = []
         self._context: Any = None
@@ -83,7 +84,7 @@ class TensorRTNetwork(Network):
             with graph.capture(handle):
                 self._enqueue(context, captured.rgb, stream)
         except BaseException:
-            with contextlib.suppress(EngineError):
+            with contextlib.suppress(EngineError), self._memory.current():
                 self._memory.synchronise()
                 self._free(captured)
             raise
