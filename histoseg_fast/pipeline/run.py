@@ -75,11 +75,11 @@ def infer(
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with _open_engine(plan, len(sources), options, progress.report) as engine:
+    with open_stream_engine(plan, len(sources), options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
-                stream = _stream(engine, plan, sources, outputs, manifest, options, progress)
+                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
                     totals = stream.run(progress.poll)
@@ -99,7 +99,8 @@ def infer(
     return totals, record
 
 
-def _open_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
+def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
+    """The engine that `infer` takes for so many `images`; raises as `open_engine` does."""
     return open_engine(
         plan,
         device=options.device,
@@ -112,7 +113,7 @@ def _open_engine(plan: Plan, images: int, options: InferOptions, report: Callabl
     )
 
 
-def _stream(
+def make_stream(
     engine: Engine,
     plan: Plan,
     sources: Sequence[Source],
@@ -121,6 +122,7 @@ def _stream(
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
+    """The stream of `infer`, ready to run."""
     decisive = {
         "overlay": outputs.overlay,
         "probabilities": outputs.probabilities,
@@ -149,7 +151,7 @@ def _stream(
 def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
     totals, engine = stream.totals, stream.engine
     return {
-        "versions": _versions(engine),
+        "versions": versions(engine),
         "plan": plan.name,
         "plan_sha256": plan.sha256,
         "device": engine.device,
@@ -170,7 +172,8 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
     }
 
 
-def _versions(engine: Engine) -> dict[str, str]:
+def versions(engine: Engine) -> dict[str, str]:
+    """What ran, by name."""
     return {
         "histoseg-fast": __version__,
         "python": platform.python_version(),
