@@ -26,8 +26,9 @@ def draw_sweep(path: Path, found: Mapping[str, Any]) -> None:
         for batch in sorted({point["batch"] for point in points}):
             line = [point for point in points if point["batch"] == batch]
             axes.plot([p["tile"] for p in line], [p[key] for p in line], "o-", label=f"batch {batch}")
-        axes.set(title=title, xlabel="tile, pixels a side with halo", ylim=(0, None))
+        axes.set(title=title, xlabel="tile, pixels a side with halo", xticks=sorted({p["tile"] for p in points}))
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylim(bottom=0)  # both axes', now that all is drawn
     figure.axes[0].set_ylabel("megapixels/s")
     figure.axes[0].legend()
     figure.suptitle(

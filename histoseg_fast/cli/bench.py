@@ -160,7 +160,7 @@ def _table(*columns: str) -> Table:
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Throughput, latency and agreement, a row for each precision."""
-    heads = ("", "images/s", "least, most", "megapixels/s", "engine alone", "of it", "cold cache")
+    heads = ("", "images/s", "least, most", "megapixels/s", "engine alone", "of engine", "cold cache")
     table = _table(*heads, "latency p50 p95 p99, s", "as fp32")
     for row in rows:
         cold, kept = row["cold_images_per_second"], row["agreement_with_fp32"]
