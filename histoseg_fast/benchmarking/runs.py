@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -68,12 +68,16 @@ class StreamRun:
 
 @dataclass(frozen=True)
 class Work:
-    """What is run, again and again: `sources` with `options` of `infer`, results under `scratch`."""
+    """What is run, again and again: `sources` with `options` of `infer`, results under `scratch`.
+
+    `poll` is called several times a second meanwhile; what it raises ends the run.
+    """
 
     plan: Plan
     sources: Sequence[Source]
     options: InferOptions
     scratch: Path
+    poll: Callable[[], None] = lambda: None
 
     @property
     def outputs(self) -> Outputs:
@@ -106,7 +110,7 @@ def run_stream(work: Work, engine: Engine, keep: Path | None = None) -> tuple[St
         with Stopwatch() as watch, contextlib.closing(Manifest(outputs.folder)) as manifest:
             progress = Progress(image=entries.append)
             stream = make_stream(engine, work.plan, work.sources, outputs, manifest, work.options, progress)
-            totals = stream.run()
+            totals = stream.run(work.poll)
             write_summary(outputs.folder, entries, work.plan.palette.names)
         if failed := [entry for entry in entries if entry["status"] != "done"]:
             raise HistosegError(failed[0]["error"], fix="a benchmark wants images that can all be read")
@@ -141,8 +145,8 @@ class EngineAlone:
     Its tiles are filled with a made-up field: a network takes as long for any other. A context manager.
     """
 
-    def __init__(self, engine: Engine, wanted: Sequence[tuple[int, int, int]], wants: Wants):
-        self._engine, self._batches = engine, wanted
+    def __init__(self, engine: Engine, wanted: Sequence[tuple[int, int, int]], wants: Wants, poll: Callable[[], None]):
+        self._engine, self._batches, self._poll = engine, wanted, poll
         self._pixels = np.resize(make_field(0)[0], max(h * w for _, h, w in wanted) * 3)
         self._slots = engine.slots(engine.depth)
         for slot in self._slots:
@@ -157,16 +161,19 @@ class EngineAlone:
     def _run(self, wanted: Sequence[tuple[int, int, int]]) -> float:
         free, running = list(self._slots), deque[Slot]()
         started = time.perf_counter()
-        for shape in wanted:
-            if not free:
-                free.append(running.popleft())
-                self._engine.wait(free[-1])
-            slot = free.pop()
-            self._fill(slot, shape)
-            self._engine.submit(slot)
-            running.append(slot)
-        for slot in running:
-            self._engine.wait(slot)
+        try:
+            for shape in wanted:
+                self._poll()
+                if not free:
+                    free.append(running.popleft())
+                    self._engine.wait(free[-1])
+                slot = free.pop()
+                self._fill(slot, shape)
+                self._engine.submit(slot)
+                running.append(slot)
+        finally:
+            while running:  # their memory must outlive the run
+                self._engine.wait(running.popleft())
         return time.perf_counter() - started
 
     def _fill(self, slot: Slot, shape: tuple[int, int, int]) -> None:

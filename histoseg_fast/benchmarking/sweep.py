@@ -48,7 +48,7 @@ def sweep(
                 report(f"tile {tile}, batch {batch}: {images} image(s), {repeats} time(s)")
                 run_stream(replace(point, sources=point.sources[:POINT_IMAGES]), engine)  # warms up
                 walls, alone_seconds = [], []
-                with EngineAlone(engine, wanted, point.outputs.wants) as alone:
+                with EngineAlone(engine, wanted, point.outputs.wants, point.poll) as alone:
                     for _ in range(repeats):
                         alone_seconds.append(alone.run())
                         run, _ = run_stream(point, engine)

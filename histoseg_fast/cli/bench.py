@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -57,7 +58,7 @@ def command(
     signals = Signals()
     try:
         with signals.scratch() as scratch:
-            found = bench(plan, inputs or [], options, scratch, lambda line: print(one_line(line), file=sys.stderr))
+            found = bench(plan, inputs or [], options, scratch, _progress, signals.poll)
     except KeyboardInterrupt:
         print("interrupted; nothing was kept", file=sys.stderr)
         return 128 + signals.received
@@ -75,34 +76,45 @@ def command(
     return 0
 
 
-class Signals:
-    """Ctrl-C and SIGTERM end a block once, and then wait for its temporary folder to go. `received` is which it was."""
+def _progress(line: str) -> None:
+    print(one_line(line), file=sys.stderr, flush=True)
 
-    received = 0
+
+class Signals:
+    """The first Ctrl-C or SIGTERM, `received`, lets `poll` raise KeyboardInterrupt; a second one ends at once.
+
+    Raised by the handler itself it would strike anywhere, in a destructor too, where it is lost.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._folder: str | None = None
+
+    def poll(self) -> None:
+        """Raise KeyboardInterrupt once a signal has come."""
+        if self.received:
+            raise KeyboardInterrupt
 
     def _interrupt(self, number: int, _frame: object) -> None:
-        if not self.received:
-            self.received = number
-            raise KeyboardInterrupt
+        if self.received:
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(128 + number)
+        self.received = number
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A temporary folder that is removed however the block ends. Raises KeyboardInterrupt on either signal."""
-        before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        folder = None
-        try:
-            folder = tempfile.mkdtemp(prefix="histoseg-bench-")
-            yield Path(folder)
-        except OSError as error:
-            if folder is not None:
-                raise
-            raise UsageError(f"no temporary folder ({error})", fix="set TMPDIR to one that can be written") from error
-        finally:
-            self.received = self.received or signal.SIGINT
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """A temporary folder that is removed however the block ends. Raises UsageError if there can be none."""
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self._interrupt))
+            try:
+                self._folder = tempfile.mkdtemp(prefix="histoseg-bench-")
+            except OSError as error:
+                fix = "set TMPDIR to one that can be written"
+                raise UsageError(f"no temporary folder ({error})", fix=fix) from error
+            stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            yield Path(self._folder)
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:

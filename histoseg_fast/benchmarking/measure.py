@@ -22,7 +22,7 @@ from histoseg_fast.errors import HistosegError, ImageError
 from histoseg_fast.images import read_image
 from histoseg_fast.machine import available_cores, cpu_name, cpu_precisions, peak_rss_bytes, reset_peak_rss
 from histoseg_fast.pipeline.run import InferOptions, open_stream_engine, versions
-from histoseg_fast.pipeline.sources import Source, find_sources
+from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
 
@@ -51,19 +51,30 @@ class BenchOptions:
     infer: InferOptions = field(default_factory=lambda: InferOptions(postprocess="none"))
 
 
-def bench(plan: Plan, inputs: Sequence[str], options: BenchOptions, scratch: Path, report: Report) -> dict[str, Any]:
+def bench(
+    plan: Plan,
+    inputs: Sequence[str],
+    options: BenchOptions,
+    scratch: Path,
+    report: Report = lambda line: None,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Measure `plan` on the images that `inputs` name (none: made-up fields); every figure, as JSON values.
 
-    `scratch` is an empty folder, which the caller removes. `report` gets a line for a person now and then. The figures
-    of the first precision stand at the top level, those of all in "rows". Raises UsageError (no image, bad options),
+    `scratch` is an empty folder, which the caller removes. `report` gets a line for a person now and then;
+    what `poll`, called several times a second, raises ends the benchmark. The figures of the first precision stand at
+    the top level, those of all in "rows". Raises UsageError (no image, bad options),
     EngineError, and ImageError (an image that cannot be read, `scratch` full).
     """
     check_tile(options.infer.tile or plan.tile, plan.halo, plan.stride)
     plan.choose_postprocess(options.infer.postprocess)
     precisions = wanted_precisions(plan, options)
     try:
-        sources = _sources(inputs, options.images, scratch, report)
-        work = Work(plan, sources, options.infer, scratch)
+        if not inputs:
+            report(f"making {options.images or MADE_UP_IMAGES} fields of 1128x720")
+            make_fields(scratch / "images", options.images or MADE_UP_IMAGES, poll)
+        sources = find_sources(inputs or [str(scratch / "images")], scratch / "out")[: options.images or None]
+        work = Work(plan, sources, options.infer, scratch, poll)
         rows, masks = [], [scratch / f"masks{i}" for i in range(len(precisions))]
         for precision, folder in zip(precisions, masks, strict=True):
             row, shapes = _measure(_in(work, precision), options.repeats, folder, report)
@@ -112,15 +123,6 @@ def _in(work: Work, precision: str) -> Work:
     return replace(work, options=replace(work.options, precision=precision))
 
 
-def _sources(inputs: Sequence[str], images: int, scratch: Path, report: Report) -> list[Source]:
-    if not inputs:
-        count = images or MADE_UP_IMAGES
-        report(f"making {count} fields of 1128x720")
-        make_fields(scratch / "images", count)
-    found = find_sources(inputs or [str(scratch / "images")], scratch / "out")
-    return found[: images or None]
-
-
 def _measure(work: Work, repeats: int, masks: Path, report: Report) -> tuple[dict[str, Any], list[Shape]]:
     """A row, and the sizes of the images.
 
@@ -134,7 +136,7 @@ def _measure(work: Work, repeats: int, masks: Path, report: Report) -> tuple[dic
         _, shapes = run_stream(work, engine, keep=masks)
         batch = work.options.batch or engine.batch
         alone_seconds, warm, cold = [], [], []
-        with EngineAlone(engine, batches(work, shapes, batch), work.outputs.wants) as alone:
+        with EngineAlone(engine, batches(work, shapes, batch), work.outputs.wants, work.poll) as alone:
             for repeat in range(repeats):
                 report(f"{engine.precision} on {engine.device}: repeat {repeat + 1} of {repeats}")
                 alone_seconds.append(alone.run())
