@@ -13,8 +13,9 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -s benchmarks/bench_labels.py benchmarks/bench_stitch.py benchmarks/bench_postprocess.py
-	$(VENV)/bin/python benchmarks/bench_infer.py
+	$(PIP) install --quiet --editable '.[bench]'
+	$(VENV)/bin/python -m pytest -s $(addprefix benchmarks/bench_,labels.py stitch.py tiles.py files.py postprocess.py)
+	$(VENV)/bin/histoseg-fast bench
 
 lint: $(VENV)/installed-test
 	$(PIP) install --quiet ruff mypy

@@ -1,4 +1,4 @@
-"""Labels against NumPy and memcpy, on one 1128x720 label: pytest benchmarks/bench_labels.py
+"""Labels against NumPy, OpenCV (where installed) and memcpy, on one 1128x720 label: pytest benchmarks/bench_labels.py
 
 Prints the ratios at the end (run with -s) and asserts nothing about time.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from micro import measure_into, one_thread_of_opencv
 
 from histoseg_fast import _core
 from histoseg_fast.labels import PAPER_PALETTE
@@ -14,6 +15,7 @@ from histoseg_fast.labels import PAPER_PALETTE
 COLOURS = PAPER_PALETTE.array
 PIXELS = 720 * 1128
 seconds: dict[str, float] = {}
+measure = measure_into(seconds)
 
 
 def numpy_decode(rgb):
@@ -31,6 +33,14 @@ def numpy_decode_by_planes(rgb):
     ids = np.full(rgb.shape[:2], 255, np.uint8)
     for index, (red, green, blue) in enumerate(COLOURS.tolist()):
         np.copyto(ids, index, where=(r == red) & (g == green) & (b == blue))
+    return ids
+
+
+def opencv_decode(cv2, rgb, planes):
+    """A mask a class, and a copy through it."""
+    ids = np.full(rgb.shape[:2], 255, np.uint8)
+    for colour, plane in zip(COLOURS.tolist(), planes, strict=True):
+        cv2.copyTo(plane, cv2.inRange(rgb, tuple(colour), tuple(colour)), ids)
     return ids
 
 
@@ -56,13 +66,9 @@ def summary():
         share = (4 / seconds["encode"]) / (6 / seconds["memcpy"])
         print(f"encode: {seconds['encode'] / PIXELS * 1e9:.3f} ns a pixel, ", end="")
         print(f"{seconds['numpy encode'] / seconds['encode']:.0f} times NumPy, {share:.2f} of memcpy's bytes a second")
-
-
-def measure(benchmark, name, function, *arguments):
-    result = benchmark(function, *arguments)
-    if benchmark.stats is not None:  # --benchmark-disable
-        seconds[name] = benchmark.stats.stats.min  # the quietest round: others may share the machine
-    return result
+    for name in ("decode", "encode"):
+        if {name, f"opencv {name}"} <= seconds.keys():
+            print(f"{name}: {seconds[f'opencv {name}'] / seconds[name]:.1f} times OpenCV")
 
 
 def test_memcpy(benchmark, label):
@@ -96,3 +102,16 @@ def test_encode(benchmark, label):
 
 def test_numpy_encode(benchmark, label):
     np.testing.assert_array_equal(measure(benchmark, "numpy encode", COLOURS.take, label[0], 0), label[1])
+
+
+def test_opencv_decode(benchmark, label):
+    cv2 = one_thread_of_opencv()
+    planes = [np.full(label[0].shape, index, np.uint8) for index in range(len(COLOURS))]
+    np.testing.assert_array_equal(measure(benchmark, "opencv decode", opencv_decode, cv2, label[1], planes), label[0])
+
+
+def test_opencv_encode(benchmark, label):
+    cv2 = one_thread_of_opencv()
+    table = np.zeros((256, 1, 3), np.uint8)
+    table[: len(COLOURS), 0] = COLOURS
+    np.testing.assert_array_equal(measure(benchmark, "opencv encode", cv2.applyColorMap, label[0], table), label[1])

@@ -53,3 +53,25 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> bool:
+    """Let `peak_rss_bytes` start again from what is held now; whether this system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def busy_seconds() -> float | None:
+    """Seconds that this machine's processors have worked since it started, for anyone, summed over all of them.
+
+    Time that a hypervisor gave to others counts. None where the system does not tell.
+    """
+    try:
+        fields = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, fields)
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -71,14 +71,18 @@ def split_axis(length: int, tile: int, halo: int, stride: int) -> tuple[Span, ..
     return tuple(Span(s, s + outer, cores[i], cores[i + 1]) for i, s in enumerate(starts))
 
 
-def check_tile(tile: int, halo: int, stride: int) -> None:
-    """Raise UsageError if tiles of `tile` pixels leave too small a core between their halos.
+def least_tile(halo: int, stride: int) -> int:
+    """The smallest tile, in pixels, that leaves a core of two strides between its halos.
 
-    Two strides of core are the least: then the rows that the far edge's reflection repeats lie in the same tile.
+    Less will not do: the rows that the far edge's reflection repeats must lie in the same tile.
     """
-    least = 2 * halo + 2 * stride
-    if tile < least:
-        fix = f"this network needs --tile {least} or more"
+    return 2 * halo + 2 * stride
+
+
+def check_tile(tile: int, halo: int, stride: int) -> None:
+    """Raise UsageError if tiles of `tile` pixels leave too small a core between their halos."""
+    if tile < least_tile(halo, stride):
+        fix = f"this network needs --tile {least_tile(halo, stride)} or more"
         raise UsageError(f"a tile of {tile} pixels has no room between its halos", fix=fix)
 
 

@@ -139,7 +139,7 @@ class TiffSource(SegmentedSource):
 
     def _note_further_pages(self) -> None:
         with contextlib.suppress(*DECODE_ERRORS):  # a damaged second page is none of our business
-            second = self._page.parent.pages[1]
+            second: Any = self._page.parent.pages[1]
             size = second.imagewidth, second.imagelength
             if size == (self.width, self.height) and not second.subfiletype & 1:
                 self.warnings.append("holds more than one page of this size; only the first is read")
@@ -172,6 +172,7 @@ class TiffSource(SegmentedSource):
         data = bytearray(self._claimed(index, size))
         self._content.read_into(page.dataoffsets[index], memoryview(data))
         samples, _, _ = page.decode(self._unpacked(bytes(data)), index, jpegtables=page.jpegtables)
+        assert samples is not None
         samples = samples[0]
         if samples.dtype == bool:
             samples = samples.view(np.uint8)

@@ -79,7 +79,7 @@ class Band:
 
 @dataclass
 class Job:
-    """An image whose tiles are in the pipeline.
+    """An image whose tiles are in the pipeline; `started` is when a reader took it, on the clock of perf_counter.
 
     With post-processing, which looks at the whole image, its bands are views of one array that is kept until the last
     is there; an image that is too large for a step goes without it, which `warnings` say.
@@ -91,6 +91,7 @@ class Job:
     outputs: Outputs
     number: int
     error: HistosegError | None = None
+    started: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "engine": 0.0, "stitch": 0.0, "write": 0.0})
 
     def __post_init__(self) -> None:

@@ -57,6 +57,10 @@ class InferOptions:
     mpp: float | None = None
     level: int | None = None
 
+    def resolution(self, plan: Plan) -> Resolution:
+        """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
+        return Resolution(self.level, self.mpp, plan.mpp)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -82,18 +86,18 @@ def infer(
     started = time.perf_counter()
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
-    resolution = Resolution(options.level, options.mpp, plan.mpp)
+    options.resolution(plan)  # what is wrong with it is told before any work
     outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with _open_engine(plan, len(sources), options, progress.report) as engine:
+    with open_stream_engine(plan, len(sources), options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
                 drop_run(out)
-                stream = _stream(engine, plan, sources, outputs, manifest, resolution, options, progress)
+                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
                     totals = stream.run(progress.poll)
@@ -113,7 +117,8 @@ def infer(
     return totals, record
 
 
-def _open_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
+def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
+    """The engine that `infer` takes for so many `images`; raises as `open_engine` does."""
     return open_engine(
         plan,
         device=options.device,
@@ -126,23 +131,23 @@ def _open_engine(plan: Plan, images: int, options: InferOptions, report: Callabl
     )
 
 
-def _stream(
+def make_stream(
     engine: Engine,
     plan: Plan,
     sources: Sequence[Source],
     outputs: Outputs,
     manifest: Manifest,
-    resolution: Resolution,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
+    """The stream of `infer`, ready to run."""
     decisive = {
         "overlay": outputs.overlay,
         "probabilities": outputs.probabilities,
         "postprocess": outputs.postprocess.as_json(),
         "device": engine.device.partition(":")[0],
         "precision": engine.precision,
-        "resolution": asdict(resolution),
+        "resolution": asdict(options.resolution(plan)),
     }
     most = MAX_READERS if engine.device == "cpu" else MAX_GPU_READERS
     readers = max(1, min(most, (options.threads or available_cores()) // 2))
@@ -157,7 +162,7 @@ def _stream(
         batch=options.batch or engine.batch,
         readers=readers,
         writers=readers,
-        resolution=resolution,
+        resolution=options.resolution(plan),
         key=run_key(plan.sha256, decisive),
         on_image=progress.image,
     )
@@ -166,7 +171,7 @@ def _stream(
 def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
     totals, engine = stream.totals, stream.engine
     return {
-        "versions": _versions(engine),
+        "versions": versions(engine),
         "plan": plan.name,
         "plan_sha256": plan.sha256,
         "key": stream.key,
@@ -188,7 +193,8 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
     }
 
 
-def _versions(engine: Engine) -> dict[str, str]:
+def versions(engine: Engine) -> dict[str, str]:
+    """What ran, by name."""
     return {
         "histoseg-fast": __version__,
         "python": platform.python_version(),

@@ -60,6 +60,7 @@ class Stream:
     sources : what to do, in this order. tile : tile size in pixels, halo included. batch : tiles a batch.
     resolution : the grid that images are read on. key : digest of plan and options, as `Manifest.complete` wants it.
     on_image : called with each image's manifest entry ("done", "failed" or "skipped") from the thread that finished it.
+    workers : threads by stage.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Stream:
         self.stride, self.halo, self.tile, self.batch = stride, halo, tile, batch
         self.resolution, self.key, self.on_image = resolution, key, on_image
         self.totals = Totals()
+        self.workers = {"read": readers, "stitch": 1, "write": writers}
         self.fatal: BaseException | None = None
         self._ring = Ring(engine, engine.depth, batch, outputs.wants)
         self._sources: Iterator[tuple[int, Source]] = iter(enumerate(sources))
@@ -182,7 +184,7 @@ class Stream:
                 image.close()
             return self._report({"input": source.name, "status": "skipped"})
         grid = TileGrid.cover(image.height, image.width, self.tile, self.halo, self.stride)
-        job = Job(source, image, grid, self.outputs, number)
+        job = Job(source, image, grid, self.outputs, number, started=started)
         job.seconds["read"] += time.perf_counter() - started
         try:
             if image.width * image.height > BIG_IMAGE_PIXELS:
@@ -325,7 +327,8 @@ class Stream:
 
     def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:
         if job is not None:
-            entry = entry | {"seconds": {stage: round(s, 6) for stage, s in job.seconds.items()}}
+            seconds = {stage: round(s, 6) for stage, s in job.seconds.items()}
+            entry = entry | {"seconds": seconds, "latency": round(time.perf_counter() - job.started, 6)}
         if entry["status"] != "skipped":
             self.manifest.add(entry)
         with self._lock:

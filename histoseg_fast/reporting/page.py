@@ -47,7 +47,8 @@ def write_report(
 ) -> Written:
     """Write the report of the run in `folder` to `target` (default: report.html in it), whole or not at all.
 
-    `progress` is called after each image with how many are over, and how many there are. Raises UsageError (`folder` holds no run), DataError (run.json is damaged), HistosegError (cannot be written).
+    `progress` is called after each image with how many are over, and how many there are. Raises UsageError (`folder`
+    holds no run), DataError (run.json is damaged), HistosegError (cannot be written).
     """
     cohort = read_cohort(folder)
     target = target or folder / REPORT
