@@ -352,7 +352,7 @@ void py_set_simd_level(const std::string& name) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     using namespace histoseg;
     using namespace pybind11::literals;
-    m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays, post-processing. Wrong arguments raise "
+    m.doc() = "C++ core of histoseg-fast: labels, stitching, overlays, post-processing, outlines. Wrong arguments raise "
               "ValueError.";
     m.attr("max_classes") = kMaxClasses;
     m.attr("max_threads") = kMaxThreads;
@@ -397,4 +397,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("set_simd_level", &py_set_simd_level, "level"_a,
           "For tests: use 'baseline', 'avx2' or 'avx512'. Answers do not depend on it.");
     bind_cuda(m);
+    bind_outlines(m);
 }

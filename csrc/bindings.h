@@ -1,4 +1,4 @@
-// What the two bindings files share; they alone know Python.
+// What the bindings files share; they alone know Python.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -13,8 +13,9 @@ namespace py = pybind11;
 
 namespace histoseg {
 
-// In bindings_cuda.cpp.
+// In bindings_cuda.cpp and bindings_outlines.cpp.
 void bind_cuda(py::module_& m);
+void bind_outlines(py::module_& m);
 
 [[noreturn]] inline void fail(const std::string& name, const std::string& what) {
     throw py::value_error(name + ": " + what);

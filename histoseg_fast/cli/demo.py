@@ -34,6 +34,9 @@ def command(
             batch=0,
             threads=0,
             overlay=True,
+            geojson=False,
+            min_area=0,
+            exact_outlines=False,
             probabilities=False,
             postprocess="plan",
         )

@@ -32,6 +32,13 @@ def command(
     batch: int = typer.Option(0, min=0, max=1024, help="Tiles in a batch (0: 1 on the CPU, 4 on a GPU)."),
     threads: int = typer.Option(0, min=0, max=1024, help="CPU threads of the engine (0: every core)."),
     overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),
+    geojson: bool = typer.Option(False, "--geojson", help="Also write outlines of the classes, for QuPath."),
+    min_area: int = typer.Option(
+        16, min=0, metavar="PIXELS", help="Of the outlines: leave out pieces and holes of fewer pixels."
+    ),
+    exact_outlines: bool = typer.Option(
+        False, "--exact-outlines", help="Outlines along pixel edges, not simplified by up to half a pixel."
+    ),
     probabilities: bool = typer.Option(False, "--probabilities", help="Also write class probabilities (8-bit TIFF)."),
     postprocess: str = typer.Option(
         "plan",
@@ -46,10 +53,14 @@ def command(
     A second run over the same folder skips what is complete and unchanged. Exit codes: 0 all done,
     3 some inputs failed (each named), 130 or 143 interrupted.
     """
+    from histoseg_fast.images import OutlineOptions
     from histoseg_fast.pipeline.run import InferOptions, Progress, infer
     from histoseg_fast.plans import open_plan
 
-    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities, postprocess, mpp, level)
+    outlines = OutlineOptions(min_area, exact_outlines) if geojson else None
+    options = InferOptions(
+        device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level
+    )
     display = Display()
     try:
         totals, record = infer(

@@ -1,5 +1,6 @@
-"""Reading of rasters (PNG, JPEG, TIFF) and slides, and writing of masks, overlays and probabilities."""
+"""Reading of rasters (PNG, JPEG, TIFF) and slides, and writing of masks, overlays, outlines and probabilities."""
 
+from .geojson import GeojsonWriter, OutlineOptions
 from .reading import SLIDE_SUFFIXES, SUFFIXES, open_image
 from .slide import NATIVE, Resolution
 from .source import ImageSource
@@ -7,4 +8,4 @@ from .whole import read_image, write_png
 from .writing import MaskWriter, OverlayWriter, ProbabilityWriter
 
 __all__ = ["NATIVE", "SLIDE_SUFFIXES", "SUFFIXES", "ImageSource", "MaskWriter", "OverlayWriter", "ProbabilityWriter"]
-__all__ += ["Resolution", "open_image", "read_image", "write_png"]
+__all__ += ["GeojsonWriter", "OutlineOptions", "Resolution", "open_image", "read_image", "write_png"]

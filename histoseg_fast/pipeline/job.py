@@ -12,7 +12,14 @@ import numpy as np
 from histoseg_fast import _core
 from histoseg_fast.engines.base import Slot, Wants
 from histoseg_fast.errors import EngineError, HistosegError
-from histoseg_fast.images import ImageSource, MaskWriter, OverlayWriter, ProbabilityWriter
+from histoseg_fast.images import (
+    GeojsonWriter,
+    ImageSource,
+    MaskWriter,
+    OutlineOptions,
+    OverlayWriter,
+    ProbabilityWriter,
+)
 from histoseg_fast.labels import Palette
 from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
@@ -27,11 +34,12 @@ CONFIDENCE_ONE = 65535
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where results go and which are wanted."""
+    """Where results go and which are wanted. geojson: how to outline the classes, None for no such file."""
 
     folder: Path
     palette: Palette
     overlay: bool = False
+    geojson: OutlineOptions | None = None
     probabilities: bool = False
     postprocess: PostProcessing = NO_STEPS
 
@@ -45,6 +53,8 @@ class Outputs:
         wanted = {"mask": f"masks/{stem}.png"}
         if self.overlay:
             wanted["overlay"] = f"overlays/{stem}.jpg"
+        if self.geojson is not None:
+            wanted["geojson"] = f"geojson/{stem}.geojson"
         if self.probabilities:
             wanted["probabilities"] = f"probabilities/{stem}.tif"
         return wanted
@@ -102,7 +112,7 @@ class Job:
         self._steps = wanted.within(pixels)
         self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
-        self._writers: dict[str, MaskWriter | OverlayWriter | ProbabilityWriter] = {}
+        self._writers: dict[str, MaskWriter | OverlayWriter | GeojsonWriter | ProbabilityWriter] = {}
         self._above: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -181,7 +191,7 @@ class Job:
     def write(self, band: Band) -> bool:
         """Write one band, in order of rows; whether it was the last. Raises ImageError (disk full, no permission).
 
-        With post-processing, mask and overlay are written with the last band.
+        With post-processing, mask, overlay and outlines are written with the last band.
         """
         last = band.index == len(self.grid.rows) - 1
         if not self._writers:
@@ -207,6 +217,8 @@ class Job:
 
     def _write_pixels(self, pixels: Pixels) -> None:
         self._writers["mask"].write_rows(pixels.classes)
+        if self.outputs.geojson is not None:
+            self._writers["geojson"].write_rows(pixels.classes)
         if self.outputs.overlay:
             rgb = pixels.rgb
             assert rgb is not None
@@ -216,12 +228,16 @@ class Job:
 
     def _open_writers(self) -> None:
         height, width, palette = self.grid.height, self.grid.width, self.outputs.palette
+        outlines = self.outputs.geojson
         for kind, relative in self.outputs.paths(self.source.stem).items():
             path = self.outputs.folder / relative
             if kind == "mask":
                 self._writers[kind] = MaskWriter(path, width, height, palette.array)
             elif kind == "overlay":
                 self._writers[kind] = OverlayWriter(path, width, height)
+            elif kind == "geojson":
+                assert outlines is not None
+                self._writers[kind] = GeojsonWriter(path, width, height, palette.names, palette.array, outlines)
             else:
                 self._writers[kind] = ProbabilityWriter(path, width, height, palette.names)
 

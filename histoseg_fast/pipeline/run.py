@@ -15,7 +15,7 @@ import numpy as np
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
 from histoseg_fast.errors import ImageError, UsageError
-from histoseg_fast.images import Resolution
+from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import (
@@ -42,8 +42,9 @@ MAX_GPU_READERS = 16
 @dataclass(frozen=True)
 class InferOptions:
     """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
-    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it. mpp, level:
-    the resolution to read at (see `Resolution`; neither: slides at the plan's).
+    suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
+    postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
+    neither: slides at the plan's).
     """
 
     device: str = "auto"
@@ -52,6 +53,7 @@ class InferOptions:
     batch: int = 0
     threads: int = 0
     overlay: bool = False
+    geojson: OutlineOptions | None = None
     probabilities: bool = False
     postprocess: str = "plan"
     mpp: float | None = None
@@ -87,7 +89,7 @@ def infer(
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
     options.resolution(plan)  # what is wrong with it is told before any work
-    outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps)
+    outputs = Outputs(out, plan.palette, options.overlay, options.geojson, options.probabilities, steps)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
@@ -143,6 +145,7 @@ def make_stream(
     """The stream of `infer`, ready to run."""
     decisive = {
         "overlay": outputs.overlay,
+        "geojson": None if outputs.geojson is None else asdict(outputs.geojson),
         "probabilities": outputs.probabilities,
         "postprocess": outputs.postprocess.as_json(),
         "device": engine.device.partition(":")[0],
