@@ -258,9 +258,13 @@ def test_what_cannot_be_written_leaves_nothing(run: MadeUpRun, tmp_path: Path) -
     run.done("a")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    for target in (tmp_path / "folder", tmp_path / "file" / "page.html"):
-        with pytest.raises(HistosegError, match="cannot be written"):
-            write_report(run.out, target)
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "file", tmp_path / "link")
+    with pytest.raises(HistosegError, match="cannot be written"):
+        write_report(run.out, tmp_path / "file" / "page.html")
+    for name in ("folder", "pipe", "link"):  # a rename would put a file in the place of a device, too
+        with pytest.raises(UsageError, match="is no regular file"):
+            write_report(run.out, tmp_path / name)
     assert not list(tmp_path.rglob("*.partial"))
 
 
