@@ -55,10 +55,14 @@ class ImageSource(abc.ABC):
     path, size_bytes, sha256 : the file, its size, and the hex digest of its bytes.
     format : "png", "jpeg" or "tiff".
     width, height : size in pixels.
+    slide : whether this is a whole slide: resolution levels, or a format that slide scanners write.
+    mpp : micrometres a pixel of the grid that `read_rows` gives, or None where the file does not say.
     warnings : what a reader of the results should know, one clause each.
     """
 
     format: ClassVar[str]
+    slide: bool = False
+    mpp: float | None = None
     width: int
     height: int
 
@@ -83,6 +87,14 @@ class ImageSource(abc.ABC):
         if y0 < y1:
             with self._told():
                 self._read(y0, y1, out)
+
+    def overview(self, step: int) -> np.ndarray | None:
+        """The image shrunk by `step` (whole, from 1): uint8 (ceil(height / step), ceil(width / step), 3).
+
+        Read in bounded memory from the cheapest level that is fine enough; None where the format has no cheap way.
+        Raises ImageError where the data is damaged.
+        """
+        return None
 
     @abc.abstractmethod
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
