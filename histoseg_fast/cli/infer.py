@@ -38,6 +38,10 @@ def command(
         metavar="SPEC",
         help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
     ),
+    no_tissue_mask: bool = typer.Option(False, "--no-tissue-mask", help="Segment the glass of slides too."),
+    tissue_threshold: float = typer.Option(
+        0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
+    ),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -47,7 +51,11 @@ def command(
     from histoseg_fast.pipeline.run import InferOptions, Progress, infer
     from histoseg_fast.plans import open_plan
 
-    options = InferOptions(device, precision, tile, batch, threads, overlay, probabilities, postprocess)
+    options = InferOptions(
+        *(device, precision, tile, batch, threads, overlay, probabilities, postprocess),
+        tissue_mask=not no_tissue_mask,
+        tissue_threshold=tissue_threshold,
+    )
     display = Display()
     try:
         totals, record = infer(
@@ -59,9 +67,10 @@ def command(
         )
     finally:
         display.close()
+    rate = display.rate(totals.pixels - totals.glass, record["wall_seconds"])
     print(
         f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
-        f"{display.rate(totals.pixels, record['wall_seconds'])}; {record['plan']} plan on {record['device']}, "
+        f"{rate}; {record['plan']} plan on {record['device']}, "
         f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
     )
     if display.signal:

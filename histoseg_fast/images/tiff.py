@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
@@ -143,16 +143,20 @@ class TiffSource(ImageSource):
                 self.warnings.append("holds more than one page of this size; only the first is read")
 
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
+        self._read_columns(y0, y1, out, ((0, self.width),))
+
+    def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
         if self._direct:
             self._read_direct(y0, y1, out)
             return
         height, width = self._seg_height, self._seg_width
+        wanted = sorted({at for first, end in columns for at in range(first // width, (end - 1) // width + 1)})
         self._kept = {at: pixels for at, pixels in self._kept.items() if (at[0] + 1) * height > y0}
         for row in range(y0 // height, (y1 - 1) // height + 1):
             keep = (row + 1) * height > y1 - OVERLAP_ROWS and y1 < self.height
             top = row * height
             first, last = max(y0, top), min(y1, top + height)
-            for column in range(self._across):
+            for column in wanted:
                 left = column * width
                 pixels = self._kept.get((row, column))
                 if pixels is None:

@@ -107,12 +107,13 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     """DIR/summary.csv, a row for each done image in the order of names, the same for any order of work.
 
     Columns: image, width, height (pixels), for each class its pixels and share of the image, tumour_stroma_ratio
-    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1).
+    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1, over segmented
+    pixels; empty where all is glass), glass_pixels (of the background: what was taken for glass and not segmented).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
-    writer.writerow(["image", "width", "height", *columns, "tumour_stroma_ratio", "mean_confidence"])
+    writer.writerow(["image", "width", "height", *columns, "tumour_stroma_ratio", "mean_confidence", "glass_pixels"])
     for entry in sorted(entries, key=lambda e: e["input"]):
         if entry["status"] != "done":
             continue
@@ -120,8 +121,9 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
         total = sum(counts)
         shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
         ratio = tumour_stroma_ratio(entry["pixels"])
-        scores = ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
-        writer.writerow([entry["input"], entry["width"], entry["height"], *shares, *scores])
+        scores = ["" if score is None else f"{score:.6f}" for score in (ratio, entry["mean_confidence"])]
+        row = [entry["input"], entry["width"], entry["height"], *shares, *scores, entry["glass_pixels"]]
+        writer.writerow(row)
     with atomic_write(out / SUMMARY) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 

@@ -20,6 +20,7 @@ from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
 
@@ -33,7 +34,8 @@ MAX_GPU_READERS = 16
 @dataclass(frozen=True)
 class InferOptions:
     """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
-    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it.
+    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it. tissue_mask:
+    whether glass on slides is skipped; tissue_threshold: as `find_tissue` reads it.
     """
 
     device: str = "auto"
@@ -44,6 +46,8 @@ class InferOptions:
     overlay: bool = False
     probabilities: bool = False
     postprocess: str = "plan"
+    tissue_mask: bool = True
+    tissue_threshold: float = DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def infer(
     started = time.perf_counter()
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
-    outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps)
+    threshold = options.tissue_threshold if options.tissue_mask else None
+    outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps, threshold)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
@@ -125,6 +130,7 @@ def _stream(
         "overlay": outputs.overlay,
         "probabilities": outputs.probabilities,
         "postprocess": outputs.postprocess.as_json(),
+        "tissue_threshold": outputs.tissue_threshold,
         "device": engine.device.partition(":")[0],
         "precision": engine.precision,
     }
@@ -164,6 +170,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "images_skipped": totals.skipped,
         "interrupted": stream.stopped,
         "megapixels": round(totals.pixels / 1e6, 3),
+        "glass_megapixels": round(totals.glass / 1e6, 3),
         "wall_seconds": round(wall, 3),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in totals.stage_seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),

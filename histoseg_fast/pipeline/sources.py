@@ -14,7 +14,7 @@ from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SUFFIXES
 from histoseg_fast.pipeline.records import MANIFEST
 
-OUTPUT_FOLDERS = ("masks", "overlays", "probabilities")
+OUTPUT_FOLDERS = ("masks", "overlays", "probabilities", "overviews", "tissue")
 """Folders of results in `out`; never read as input."""
 
 
