@@ -305,12 +305,15 @@ class Job:
         self._next_row += len(pixels.classes)
 
     def _post_process(self, whole: Pixels) -> Pixels:
-        """The whole image after the steps; `counts` become those of the new classes."""
+        """The whole image after the steps, glass as it was; `counts` become those of the new classes."""
         if whole.logits is None:
             classes = self._steps.clean(whole.classes, len(self.counts))
         else:
             assert whole.rgb is not None
             classes = self._steps.apply(whole.rgb, whole.logits).ids
+        for row, column in np.argwhere(~self.tissue_tiles):
+            down, across = self.grid.rows[row], self.grid.columns[column]
+            classes[down.core : down.core_end, across.core : across.core_end] = 0
         self.counts = np.array([np.count_nonzero(classes == i) for i in range(len(self.counts))], np.uint64)
         return replace(whole, classes=classes)
 
@@ -352,14 +355,14 @@ class Job:
         """Put the outputs in place; their manifest fields. Raises ImageError (disk full)."""
         files: dict[str, Any] = {}
         paths = self._paths()
+        for kind, writer in self._writers.items():
+            files |= {kind: paths[kind], f"{kind}_sha256": writer.finish()}
         if self._tissue is not None:
             mask = np.where(self._tissue.mask, np.uint8(255), np.uint8(0))
             files |= {
                 "tissue": paths["tissue"],
                 "tissue_sha256": write_png(self.outputs.folder / paths["tissue"], mask),
             }
-        for kind, writer in self._writers.items():
-            files |= {kind: paths[kind], f"{kind}_sha256": writer.finish()}
         names, segmented = self.outputs.palette.names, self.grid.height * self.grid.width - self.glass_pixels
         confidence = int(self.confidence.sum()) / (CONFIDENCE_ONE * segmented) if segmented else None
         return files | {
