@@ -13,6 +13,7 @@
 #include "overlay.h"
 #include "png_filters.h"
 #include "regions.h"
+#include "resample.h"
 #include "simd.h"
 #include "stitch.h"
 #include "threads.h"
@@ -309,6 +310,36 @@ py::array_t<float> py_dense_crf(const py::object& rgb_object, const py::object& 
     return probabilities;
 }
 
+// Views of the caller's arrays, which have to outlive them.
+Taps checked_taps(const py::object& first_object, const py::object& weights_object, const char* name,
+                  std::int64_t size) {
+    const auto first = checked<std::int32_t>(first_object, name, 1);
+    const auto weights = checked<std::uint16_t>(weights_object, name, 2);
+    check_contiguous(first, name, 0, sizeof(std::int32_t));
+    if (weights.shape(0) != first.shape(0) || (weights.flags() & py::array::c_style) == 0) {
+        fail(name, "expected contiguous weights, a row for each of first");
+    }
+    const Taps taps{static_cast<const std::int32_t*>(first.data()), static_cast<const std::uint16_t*>(weights.data()),
+                    first.shape(0), weights.shape(1)};
+    if (!taps_fit(taps, size)) fail(name, "a tap lies outside of the source, or weights do not add up");
+    return taps;
+}
+
+void py_resample(const py::object& source_object, const py::object& row_first, const py::object& row_weights,
+                 const py::object& column_first, const py::object& column_weights, const py::object& out_object) {
+    const auto source = checked<std::uint8_t>(source_object, "source", 3);
+    check_shape(source, "source", {source.shape(0), source.shape(1), 3});
+    check_packed_rgb(source, "source");
+    const Taps rows = checked_taps(row_first, row_weights, "rows", source.shape(0));
+    const Taps columns = checked_taps(column_first, column_weights, "columns", source.shape(1));
+    auto out = checked_output<std::uint8_t>(out_object, "out", {rows.count, columns.count, 3});
+    check_packed_rgb(out, "out");
+    const ResampleView view{static_cast<const std::uint8_t*>(source.data()), source.strides(0), source.shape(0),
+                            source.shape(1), static_cast<std::uint8_t*>(out.mutable_data()), out.strides(0)};
+    const py::gil_scoped_release released;
+    resample(view, rows, columns);
+}
+
 void py_set_simd_level(const std::string& name) {
     SimdLevel level{};
     if (!parse_simd_level(name, level)) fail("level", "expected baseline, avx2 or avx512, got " + name);
@@ -329,6 +360,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.attr("unmatched") = static_cast<int>(kUnmatched);
     m.attr("confidence_units") = kConfidenceUnits;
     m.attr("max_region_pixels") = kMaxRegionPixels;
+    m.attr("resample_one") = kResampleOne;
     m.attr("max_majority_radius") = kMaxMajorityRadius;
     m.attr("max_crf_pixels") = kMaxCrfPixels;
     m.attr("max_crf_iterations") = kMaxCrfIterations;
@@ -358,6 +390,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           "appearance_weight"_a, "appearance_sigma_xy"_a, "appearance_sigma_rgb"_a, "threads"_a = 0,
           "float32 (classes, height, width) probabilities: the mean field of a dense CRF over logits of that shape and "
           "a uint8 (height, width, 3) image; sigmas in pixels and in grey levels.");
+    m.def("resample", &py_resample, "source"_a, "row_first"_a, "row_weights"_a, "column_first"_a, "column_weights"_a,
+          "out"_a, "Resamples RGB rows into out: output i along an axis is the mean of the sources from first[i] on, by "
+          "weights[i] (uint16, adding up to resample_one).");
     m.def("simd_level", [] { return simd_level_name(simd_level()); }, "The SIMD level in use.");
     m.def("best_simd_level", [] { return simd_level_name(best_simd_level()); }, "The best level of this machine.");
     m.def("set_simd_level", &py_set_simd_level, "level"_a,

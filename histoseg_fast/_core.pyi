@@ -12,6 +12,7 @@ max_threads: int
 unmatched: int
 confidence_units: int
 max_region_pixels: int
+resample_one: int
 max_majority_radius: int
 max_crf_pixels: int
 max_crf_iterations: int
@@ -45,6 +46,14 @@ def dense_crf(
     appearance_sigma_rgb: float,
     threads: int = 0,
 ) -> npt.NDArray[np.float32]: ...
+def resample(
+    source: U8,
+    row_first: npt.NDArray[np.int32],
+    row_weights: npt.NDArray[np.uint16],
+    column_first: npt.NDArray[np.int32],
+    column_weights: npt.NDArray[np.uint16],
+    out: U8,
+) -> None: ...
 def simd_level() -> str: ...
 def best_simd_level() -> str: ...
 def set_simd_level(level: str) -> None: ...

@@ -1,4 +1,4 @@
-"""The bytes of one input file: read once, digested, and watched for change."""
+"""The bytes of an input: read once, digested, and watched for change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import stat
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +19,28 @@ WHOLE_FILE_BYTES = 256 * 2**20
 
 MAX_ENCODED_BYTES = 2**30
 """Largest PNG or JPEG file; these formats have to be held and decoded whole."""
+
+MAX_SLIDE_FILES = 10_000
+"""Most files of one slide."""
+
+HEAD_BYTES = 132
+"""What is looked at to recognise a format; the mark of DICOM ends here."""
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first `HEAD_BYTES` bytes of a regular file, or all it has. ImageError where it cannot be read."""
+    try:
+        with _open_regular(Path(path)) as file:
+            return file.read(HEAD_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unreadable(Path(path), error) from error
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    # Looked at before it is opened: opening a named pipe would wait for ever.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ImageError("is not a regular file", where=path, fix="give an image file")
+    return open(path, "rb", buffering=0)
 
 
 class Content:
@@ -34,10 +58,7 @@ class Content:
         """Open, read or digest `path`. ImageError where that cannot be done."""
         self.path = Path(path)
         try:
-            # Looked at before it is opened: opening a named pipe would wait for ever.
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise ImageError("is not a regular file", where=self.path, fix="give a PNG, JPEG or TIFF file")
-            file: BinaryIO = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            file = _open_regular(self.path)  # closed by close()
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, error) from error
         try:
@@ -49,8 +70,9 @@ class Content:
             raise
 
     def _take(self, file: BinaryIO) -> None:
+        self._lock = threading.Lock()
         status = os.fstat(file.fileno())
-        self._stamp = (status.st_size, status.st_mtime_ns)
+        self._stamp = _stamp(status)
         self.size = status.st_size
         if self.size == 0:
             raise ImageError("the file is empty", where=self.path, fix="copy or export it again")
@@ -73,27 +95,79 @@ class Content:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `offset` on. ImageError where the file ends before that."""
-        self.stream.seek(offset)
-        while target:
-            count = self.stream.readinto(target)  # type: ignore[attr-defined]
-            if not count:
-                raise ImageError("the file ends before its pixels do", where=self.path, fix="copy or export it again")
-            target = target[count:]
+        with self._lock:
+            self.stream.seek(offset)
+            while target:
+                count = self.stream.readinto(target)  # type: ignore[attr-defined]
+                if not count:
+                    raise ImageError(
+                        "the file ends before its pixels do", where=self.path, fix="copy or export it again"
+                    )
+                target = target[count:]
 
     def check_unchanged(self) -> None:
         """ImageError where a file that is read by seeking is no longer the one that was digested."""
-        if self.data is not None:
-            return
-        try:
-            status = os.stat(self.path)
-        except OSError as error:
-            raise _changed(self.path) from error
-        if (status.st_size, status.st_mtime_ns) != self._stamp:
-            raise _changed(self.path)
+        if self.data is None:
+            _check_stamp(self.path, self._stamp)
 
     def close(self) -> None:
         """Let go of the file and its bytes."""
         self.stream.close()
+
+
+class FileSet:
+    """A slide that a library opens by its name: one file or several, digested, not held, and watched for change.
+
+    Attributes
+    ----------
+    path, size : the file that was named, and the bytes of all files.
+    sha256 : hex digest. Of one file: of its bytes. Of several: of what `sha256sum` prints for them, a line a file in
+        the order of their names, which are relative to the folder of `path`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], companions: Iterable[Path] = ()):
+        """Digest `path` and its `companions`. ImageError where that cannot be done."""
+        self.path = Path(path)
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        files = {file.relative_to(self.path.parent).as_posix(): file for file in (self.path, *companions)}
+        if len(files) > MAX_SLIDE_FILES:
+            raise ImageError(f"{len(files):,} files belong to this slide", where=self.path, fix="check its folder")
+        digests = {name: self._digest(files[name]) for name in sorted(files, key=os.fsencode)}
+        self.size = sum(size for size, _ in self._stamps.values())
+        self.sha256 = digests.popitem()[1] if len(digests) == 1 else _digest_of_list(digests)
+
+    def _digest(self, file: Path) -> str:
+        try:
+            with _open_regular(file) as stream:
+                self._stamps[file] = _stamp(os.fstat(stream.fileno()))
+                return sha256_of(stream)
+        except (OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
+
+    def check_unchanged(self) -> None:
+        """ImageError where a file is no longer the one that was digested."""
+        for file, stamp in self._stamps.items():
+            _check_stamp(file, stamp)
+
+    def close(self) -> None:
+        """Nothing: no file is held open."""
+
+
+def _digest_of_list(digests: dict[str, str]) -> str:
+    return hashlib.sha256(b"".join(os.fsencode(f"{digest}  {name}\n") for name, digest in digests.items())).hexdigest()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_stamp(path: Path, stamp: tuple[int, int]) -> None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _changed(path) from error
+    if _stamp(status) != stamp:
+        raise _changed(path)
 
 
 def _read_whole(file: BinaryIO, size: int) -> bytes:

@@ -1,41 +1,103 @@
-"""Opening of any raster by its content."""
+"""Opening of any image by its content."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from histoseg_fast.errors import ImageError
-from histoseg_fast.images.content import Content
+from histoseg_fast.images import openslide_source, tiff_slide
+from histoseg_fast.images.companions import BY_NAME
+from histoseg_fast.images.content import Content, read_head
 from histoseg_fast.images.jpeg import JpegSource
 from histoseg_fast.images.png import PngSource
-from histoseg_fast.images.source import ImageSource
+from histoseg_fast.images.slide import NATIVE, Resolution, SlideSource
+from histoseg_fast.images.source import DECODE_ERRORS, ImageSource
 from histoseg_fast.images.tiff import TiffSource
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-"""Suffixes that a search of folders takes for images; opening never looks at the suffix."""
+"""Suffixes that a search of folders takes for images; opening looks at the suffix of MRXS, VMS and VMU alone."""
 
-_KINDS: tuple[tuple[bytes, type[ImageSource]], ...] = (
-    (b"\x89PNG\r\n\x1a\n", PngSource),
-    (b"\xff\xd8\xff", JpegSource),
-    (b"II*\0", TiffSource),
-    (b"MM\0*", TiffSource),
-    (b"II+\0", TiffSource),
-    (b"MM\0+", TiffSource),
-)
+SLIDE_SUFFIXES = {".svs", ".svslide", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".bif", ".dcm"}
+"""Suffixes of slides, beside .tif and .tiff."""
+
+_PNG, _JPEG, _DICOM = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"DICM"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+Levels = tuple[Sequence[ImageSource], tuple[float, float] | None]
+"""Resolution levels, finest first, and micrometres a pixel (down, across) of the finest, if known."""
 
 
-def open_image(path: str | os.PathLike[str]) -> ImageSource:
-    """Open a PNG, JPEG or TIFF file, recognised by its first bytes.
+def open_image(path: str | os.PathLike[str], resolution: Resolution = NATIVE) -> ImageSource:
+    """Open a PNG, JPEG, TIFF or slide, recognised by its first bytes, to be read at `resolution`.
 
-    Only the header is parsed; pixels are decoded by `read_rows`. Raises ImageError for anything that
-    is no readable image of these formats or is over the limits.
+    Only headers are parsed; pixels are decoded by `read_rows`. Raises ImageError for anything that is no readable image
+    of these formats, is over the limits, or cannot be read at `resolution`.
     """
+    levels, mpp = _open_levels(path)
+    finest = levels[0]
+    if not finest.slide and resolution.mpp is None and not resolution.level:
+        finest.mpp = None if mpp is None else (mpp[0] * mpp[1]) ** 0.5
+        return finest
+    try:
+        return SlideSource(levels, mpp, resolution)
+    except BaseException:
+        for level in levels:
+            level.close()
+        raise
+
+
+def _open_levels(path: str | os.PathLike[str]) -> Levels:
+    head = read_head(path)
+    if Path(path).suffix.lower() in BY_NAME or head.endswith(_DICOM):
+        return openslide_source.open_levels(path)
     content = Content(path)
     try:
-        for magic, kind in _KINDS:
-            if content.magic.startswith(magic):
-                return kind(content)
-        raise ImageError("is not a PNG, JPEG or TIFF file", where=path, fix="convert it, or leave it out")
+        if content.magic.startswith(_PNG):
+            return [PngSource(content)], None
+        if content.magic.startswith(_JPEG):
+            return [JpegSource(content)], None
+        if content.magic.startswith(_TIFF):
+            return _open_tiff(content)
+        raise ImageError("is not a PNG, JPEG or TIFF file, nor a slide", where=path, fix="convert it, or leave it out")
     except BaseException:
         content.close()
         raise
+
+
+def _open_tiff(content: Content) -> Levels:
+    """By our own reader, which gives each level's pixels as they are stored; else by OpenSlide."""
+    try:
+        file = tiff_slide.open_pages(content)
+        first = file.pages.first
+        other = tiff_slide.vendor(first)
+        pages = tiff_slide.level_pages(file)
+        mpp = tiff_slide.stated_mpp(first)
+    except DECODE_ERRORS as error:
+        reason = str(error).strip() or type(error).__name__
+        raise ImageError(
+            f"damaged TIFF data ({reason[:200]})", where=content.path, fix="copy or export it again"
+        ) from error
+    if other is None:
+        try:
+            slide = len(pages) > 1 or first.is_svs
+            return [TiffSource(content, page, slide=slide) for page in pages], mpp
+        except ImageError as error:
+            refused = error
+            if not _openslide_knows(content.path):
+                raise
+    content.close()
+    try:
+        return openslide_source.open_levels(content.path)
+    except ImageError:
+        if other is None:
+            raise refused from None
+        raise
+
+
+def _openslide_knows(path: Path) -> bool:
+    try:
+        return openslide_source.load_openslide().OpenSlide.detect_format(path) is not None
+    except ImportError:
+        return False

@@ -7,12 +7,12 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from histoseg_fast.errors import ImageError
-from histoseg_fast.images.content import Content
+from histoseg_fast.images.content import Content, FileSet
 
 MAX_SIDE = 2**20
 """Longest side of an image, in pixels."""
@@ -53,20 +53,22 @@ class ImageSource(abc.ABC):
     Attributes
     ----------
     path, size_bytes, sha256 : the file, its size, and the hex digest of its bytes.
-    format : "png", "jpeg" or "tiff".
+    format : "png", "jpeg", "tiff" or "openslide" (what that library alone reads).
     width, height : size in pixels.
     slide : whether this is a whole slide: resolution levels, or a format that slide scanners write.
+    level : the resolution level that is read, or resampled from; 0 is the finest.
     mpp : micrometres a pixel of the grid that `read_rows` gives, or None where the file does not say.
     warnings : what a reader of the results should know, one clause each.
     """
 
-    format: ClassVar[str]
+    format: str
     slide: bool = False
+    level: int = 0
     mpp: float | None = None
     width: int
     height: int
 
-    def __init__(self, content: Content):
+    def __init__(self, content: Content | FileSet):
         self._content = content
         self.path = content.path
         self.size_bytes = content.size
@@ -97,8 +99,8 @@ class ImageSource(abc.ABC):
     def overview(self, step: int) -> np.ndarray | None:
         """The image shrunk by `step` (whole, from 1): uint8 (ceil(height / step), ceil(width / step), 3).
 
-        Read in bounded memory from the cheapest level that is fine enough; None where the format has no cheap way.
-        Raises ImageError where the data is damaged.
+        Read in bounded memory from the coarsest level that is fine enough; None where there are no levels. Not while
+        another thread reads rows. Raises ImageError where the data is damaged.
         """
         return None
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from histoseg_fast.images.content import Content
 from histoseg_fast.images.jpeg import walk_markers
-from histoseg_fast.images.source import CONVERTED_ROWS_BYTES, DECODE_ERRORS, SIXTEEN_BITS, ImageSource, to_rgb
+from histoseg_fast.images.segments import SegmentedSource
+from histoseg_fast.images.source import CONVERTED_ROWS_BYTES, DECODE_ERRORS, SIXTEEN_BITS, to_rgb
 
 if TYPE_CHECKING:
     import tifffile
@@ -24,9 +25,6 @@ MAX_PIXELS = 2**37
 
 MAX_SEGMENT_BYTES = 2**30
 """Largest strip or tile that has to be decoded whole, decoded; an uncompressed strip has no limit."""
-
-OVERLAP_ROWS = 512
-"""Segments that reach into this many last rows of a band are kept for the next one."""
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _NONE, _JPEG, _WEBP = 1, 7, 50001
@@ -46,7 +44,7 @@ _SUPPORTED = {_NONE, _JPEG, _WEBP, *_CCITT, *_JPEG2000, *_BYTE_CODECS}
 _quieting = threading.Lock()
 
 
-def _load_tifffile():
+def load_tifffile():
     """tifffile, imported when the first TIFF is met, its log (it reports every odd tag) off the terminal."""
     import tifffile
 
@@ -58,20 +56,24 @@ def _load_tifffile():
     return tifffile
 
 
-class TiffSource(ImageSource):
-    """The first page of a TIFF or BigTIFF: strips or tiles, 1 to 16 bits, grey, palette or RGB."""
+class TiffSource(SegmentedSource):
+    """One page of a TIFF or BigTIFF: strips or tiles, 1 to 16 bits, grey, palette or RGB.
+
+    Segments that were never written are zero, as the format says; in a `slide` they are glass.
+    """
 
     format = "tiff"
+    _content: Content
 
-    def __init__(self, content: Content):
+    def __init__(self, content: Content, page: tifffile.TiffPage, *, slide: bool = False):
         super().__init__(content)
+        self.slide = slide
+        self._page = page
         with self._told():
-            self._file = _load_tifffile().TiffFile(content.stream)
-            self._page = self._file.pages.first
-            self._check_page(self._page)
-            self._lay_out(self._page)
-            self._note_further_pages()
-        self._kept: dict[tuple[int, int], np.ndarray] = {}
+            self._check_page(page)
+            self._lay_out(page)
+            if page.index == 0 and not slide:
+                self._note_further_pages()
 
     def _check_page(self, page: tifffile.TiffPage) -> None:
         """Refuse what cannot be read right, before anything of the claimed size is allocated."""
@@ -137,7 +139,7 @@ class TiffSource(ImageSource):
 
     def _note_further_pages(self) -> None:
         with contextlib.suppress(*DECODE_ERRORS):  # a damaged second page is none of our business
-            second = self._file.pages[1]
+            second = self._page.parent.pages[1]
             size = second.imagewidth, second.imagelength
             if size == (self.width, self.height) and not second.subfiletype & 1:
                 self.warnings.append("holds more than one page of this size; only the first is read")
@@ -148,31 +150,18 @@ class TiffSource(ImageSource):
     def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
         if self._direct:
             self._read_direct(y0, y1, out)
-            return
-        height, width = self._seg_height, self._seg_width
-        wanted = sorted({at for first, end in columns for at in range(first // width, (end - 1) // width + 1)})
-        self._kept = {at: pixels for at, pixels in self._kept.items() if (at[0] + 1) * height > y0}
-        for row in range(y0 // height, (y1 - 1) // height + 1):
-            keep = (row + 1) * height > y1 - OVERLAP_ROWS and y1 < self.height
-            top = row * height
-            first, last = max(y0, top), min(y1, top + height)
-            for column in wanted:
-                left = column * width
-                pixels = self._kept.get((row, column))
-                if pixels is None:
-                    pixels = self._segment(row, column)
-                    if keep:
-                        self._kept[row, column] = pixels
-                out[first - y0 : last - y0, left : left + width] = pixels[first - top : last - top]
+        else:
+            super()._read_columns(y0, y1, out, columns)
 
     def _segment(self, row: int, column: int) -> np.ndarray:
         """One strip or tile as RGB, cropped to the image."""
         height = min(self._seg_height, self.height - row * self._seg_height)
         width = min(self._seg_width, self.width - column * self._seg_width)
         index = row * self._across + column
-        planes = [
-            self._decode(index + plane * self._across * self._down, height, width) for plane in range(self._planes)
-        ]
+        indices = range(index, index + self._planes * self._across * self._down, self._across * self._down)
+        if self.slide and not any(self._page.databytecounts[i] for i in indices):
+            return np.full((height, width, 3), 255, np.uint8)
+        planes = [self._decode(i, height, width) for i in indices]
         samples = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         pixels = np.empty((height, width, 3), np.uint8)
         self._convert(samples, pixels)
@@ -240,7 +229,7 @@ class TiffSource(ImageSource):
         for plane in range(self._planes):
             raw = np.empty(count * row_bytes, np.uint8)
             self._read_strip(row + plane * self._down, inner * row_bytes, raw)
-            stored = raw.view(self._dtype.newbyteorder(self._file.byteorder))
+            stored = raw.view(self._dtype.newbyteorder(self._page.parent.byteorder))
             planes.append(stored.reshape(count, self.width, self._channels))
         samples = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         return samples.astype(self._dtype, copy=False)
@@ -266,10 +255,6 @@ class TiffSource(ImageSource):
         if not self._alpha:
             samples = samples[..., : 3 if samples.shape[2] >= 3 else 1]
         to_rgb(samples, out, alpha=self._alpha, premultiplied=self._premultiplied)
-
-    def close(self) -> None:
-        self._kept.clear()
-        super().close()
 
 
 def _palette(page: tifffile.TiffPage) -> np.ndarray:

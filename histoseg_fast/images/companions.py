@@ -1,0 +1,82 @@
+"""Which files make up a slide that is more than one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+
+from histoseg_fast.images.source import DECODE_ERRORS
+
+BY_NAME = {".mrxs", ".vms", ".vmu"}
+"""Slides whose named file is an index: a thumbnail or a text, so that only its suffix tells what it is."""
+
+MAX_INDEX_BYTES = 2**20
+_ENTRY = re.compile(r"^\s*\w+(?:\(\d+(?:,\d+)*\))?\s*=\s*(\S.*?)\s*$", re.MULTILINE)
+_SERIES, _AFTER = 0x0020000E, 0x0020000F
+
+
+def companions(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that belong to the slide `path` beside itself, in the order of their names; none for most.
+
+    Of MRXS all files in the folder of its name; of VMS and VMU those that it lists and that lie beside it; of DICOM
+    those of the same series beside it, with the same suffix (none where pydicom is not installed).
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    found: list[Path] = []
+    if suffix == ".mrxs":
+        found = _files(path.with_suffix(""))
+    elif suffix in BY_NAME:
+        found = _listed(path)
+    elif (series := dicom_series(path)) is not None:
+        beside = [file for file in _files(path.parent) if file.suffix.lower() == suffix]
+        found = [file for file in beside if dicom_series(file) == series]
+    return [file for file in found if file.name != path.name or file.parent != path.parent]
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    except OSError:
+        return []
+
+
+def _listed(path: Path) -> list[Path]:
+    try:
+        with open(path, "rb") as stream:
+            text = stream.read(MAX_INDEX_BYTES).decode("utf-8", "surrogateescape")
+    except OSError:
+        return []
+    names = {name for name in _ENTRY.findall(text) if name == os.path.basename(name)}
+    return [file for file in _files(path.parent) if file.name in names]
+
+
+def dicom_series(path: Path) -> str | None:
+    """The series (its UID) that a DICOM file belongs to; None for any other file, or without pydicom."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return _series(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _series(path: Path, size: int, modified: int) -> str | None:
+    """`dicom_series` of the file while it has this size and date."""
+    try:
+        with open(path, "rb") as stream:
+            if stream.read(132)[128:] != b"DICM":
+                return None
+            from pydicom.errors import InvalidDicomError
+            from pydicom.filereader import read_partial
+
+            stream.seek(0)
+            try:
+                head = read_partial(stream, lambda tag, representation, length: tag >= _AFTER)
+                return str(head[_SERIES].value)
+            except InvalidDicomError:
+                return None
+    except (*DECODE_ERRORS, ImportError):
+        return None
