@@ -311,10 +311,9 @@ py::array_t<float> py_dense_crf(const py::object& rgb_object, const py::object& 
 }
 
 // Views of the caller's arrays, which have to outlive them.
-Taps checked_taps(const py::object& first_object, const py::object& weights_object, const char* name,
-                  std::int64_t size) {
-    const auto first = checked<std::int32_t>(first_object, name, 1);
-    const auto weights = checked<std::uint16_t>(weights_object, name, 2);
+Taps checked_taps(const py::object& firsts, const py::object& shares, const char* name, std::int64_t size) {
+    const auto first = checked<std::int32_t>(firsts, name, 1);
+    const auto weights = checked<std::uint16_t>(shares, name, 2);
     check_contiguous(first, name, 0, sizeof(std::int32_t));
     if (weights.shape(0) != first.shape(0) || (weights.flags() & py::array::c_style) == 0) {
         fail(name, "expected contiguous weights, a row for each of first");

@@ -28,7 +28,8 @@ struct ResampleView {
     std::ptrdiff_t out_stride_y;
 };
 
-// Whether `first` is never negative, every tap that counts lies below `size`, and the weights of each output add up to kResampleOne.
+// Whether `first` is never negative, every tap that counts lies below `size`, and the weights of each output add up to
+// kResampleOne.
 bool taps_fit(const Taps& taps, std::int64_t size);
 
 // Fills `out`. Each output row depends on its own source rows alone, so any cut into bands gives the same bytes. The

@@ -35,6 +35,7 @@ MAX_HALO = 8192
 MAX_TILE = 1 << 15
 MAX_TEXT = 100
 MIN_RANGE, MAX_RANGE = 1e-30, 1e30
+MIN_MPP, MAX_MPP = 0.01, 20.0
 DEFAULT_GATE = {"agreement": 0.995, "mean_iou": 0.002}
 """A faster precision is taken for fp32 if at least this share of pixels agree, and mIoU falls by no more than this."""
 _MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za-z0-9._-]{0,120})")
@@ -89,6 +90,12 @@ class Plan:
     def tile(self) -> int:
         """Default tile size in pixels, halo included."""
         return int(self.manifest["tile"]["default"])
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres a pixel that the network was trained at; None where the manifest does not say."""
+        value = self.manifest.get("mpp")
+        return None if value is None else float(value)
 
     @cached_property
     def postprocess(self) -> PostProcessing:
@@ -256,6 +263,7 @@ def _check_manifest(plan: Plan) -> None:
                 raise PlanError(f"has no valid {key} for {precision!r}")
     _check_gate(manifest.get("gate", DEFAULT_GATE))
     _check_ranges(manifest.get("int8", {"inputs": {}, "outputs": {}}))
+    _check_mpp(manifest.get("mpp"))
     if "postprocess" in manifest:
         PostProcessing.from_json(manifest["postprocess"])
     try:
@@ -271,6 +279,12 @@ def _check_gate(gate: Any) -> None:
         raise PlanError("has no valid 'gate' in its manifest")
     if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in gate.values()):
         raise PlanError("has a 'gate' beyond 0 to 1 in its manifest")
+
+
+def _check_mpp(mpp: Any) -> None:
+    known = isinstance(mpp, int | float) and not isinstance(mpp, bool)
+    if mpp is not None and not (known and MIN_MPP <= mpp <= MAX_MPP):
+        raise PlanError(f"has 'mpp' = {str(mpp)[:40]} in its manifest; {MIN_MPP:g} to {MAX_MPP:g} is allowed")
 
 
 def _check_ranges(ranges: Any) -> None:

@@ -29,6 +29,9 @@ def command(
     postprocess: str = typer.Option(
         "none", metavar="SPEC", help='Steps after the network that the plan records, e.g. "min_island=64" or "crf".'
     ),
+    mpp: float = typer.Option(
+        None, help="Micrometres a pixel that the network was trained at: what infer reads slides at."
+    ),
     tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU (fp16)."),
     hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
@@ -46,7 +49,7 @@ def command(
     if tensorrt:
         request.check()
     gate = {"agreement": gate_agreement, "mean_iou": gate_miou / 100}
-    options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance)
+    options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance, mpp)
     plan = compile_plan(checkpoint, out, calibrate=calibrate, options=options, report=say)
     if tensorrt:
         request.add_to(plan, calibrate, tolerance)

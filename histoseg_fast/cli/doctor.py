@@ -28,7 +28,7 @@ class Finding:
 
 def command(as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON.")) -> int:
     """Say what this machine can run: CPU, GPU, engines, extras and the shipped plan, with a fix for each lack."""
-    findings = [_cpu(), _core(), _openvino(), _plan(), _gpu(), _tensorrt(), _device(), *_extras()]
+    findings = [_cpu(), _core(), _openvino(), _plan(), _gpu(), _tensorrt(), _device(), _openslide(), *_extras()]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -111,6 +111,18 @@ def _device() -> Finding:
     if indices:
         return Finding("--device auto", True, f"the first GPU, by {library}")
     return Finding("--device auto", True, "; ".join(lines) or "the CPU: no GPU that CUDA can use")
+
+
+def _openslide() -> Finding:
+    fix = "pip install 'histoseg-fast[slides]' for NDPI, MRXS, DICOM and others; SVS and pyramidal TIFF need none"
+    try:
+        import openslide
+    except ImportError as error:
+        return Finding("OpenSlide", False, str(error).partition("\n")[0], fix)
+    if _version("pydicom") is None:
+        return Finding("OpenSlide", False, "pydicom not installed, which DICOM slides of several files need", fix)
+    versions = f"{openslide.__library_version__}, openslide-python {openslide.__version__}"
+    return Finding("OpenSlide", True, f"{versions}, pydicom {_version('pydicom')}")
 
 
 def _extras() -> list[Finding]:

@@ -38,6 +38,8 @@ def command(
         metavar="SPEC",
         help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
     ),
+    mpp: float = typer.Option(None, help="Micrometres a pixel to read at (default: slides at the plan's)."),
+    level: int = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
     no_tissue_mask: bool = typer.Option(False, "--no-tissue-mask", help="Segment the glass of slides too."),
     tissue_threshold: float = typer.Option(
         0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
@@ -52,7 +54,7 @@ def command(
     from histoseg_fast.plans import open_plan
 
     options = InferOptions(
-        *(device, precision, tile, batch, threads, overlay, probabilities, postprocess),
+        *(device, precision, tile, batch, threads, overlay, probabilities, postprocess, mpp, level),
         tissue_mask=not no_tissue_mask,
         tissue_threshold=tissue_threshold,
     )

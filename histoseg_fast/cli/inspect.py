@@ -35,6 +35,7 @@ def command(
     rows = [
         ("plan", f"{opened.path}, sha256 {opened.sha256}"),
         ("network", f"{manifest['arch']}, stride {opened.stride}, halo {opened.halo}, tile {opened.tile} pixels"),
+        ("trained at", "not recorded" if opened.mpp is None else f"{opened.mpp:g} micrometres a pixel"),
         ("classes", classes),
         ("precisions", f"{agreements}; here --precision auto runs {here}"),
         ("postprocess", str(opened.postprocess)),

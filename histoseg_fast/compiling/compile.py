@@ -29,7 +29,7 @@ from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.fast import FastNetwork
 from histoseg_fast.models.network import PaperNetwork, make_network
-from histoseg_fast.plan import DEFAULT_GATE, MODEL, Plan, pack, unpack, write_plan
+from histoseg_fast.plan import DEFAULT_GATE, MAX_MPP, MIN_MPP, MODEL, Plan, pack, unpack, write_plan
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.training.checkpoint import read_checkpoint
 
@@ -105,13 +105,19 @@ def plan_of_network(network: nn.Module, description: Mapping[str, Any], where: P
 class CompileOptions:
     """What a plan is to be. precision : what it runs in ("auto": the fastest that passes the gate). gate : how far a
     precision may fall behind fp32 (see `plan.DEFAULT_GATE`). postprocess : what `infer` and `eval` do by default.
-    tolerance : how far the colours of calibration labels may be from the palette.
+    tolerance : how far the colours of calibration labels may be from the palette. mpp : micrometres a pixel that the
+    network was trained at, None where that is not known.
     """
 
     precision: str = "auto"
     gate: Mapping[str, float] = field(default_factory=lambda: DEFAULT_GATE)
     postprocess: PostProcessing = NO_STEPS
     tolerance: float = 0.0
+    mpp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mpp is not None and not MIN_MPP <= self.mpp <= MAX_MPP:
+            raise UsageError(f"{self.mpp:g} is not {MIN_MPP:g} to {MAX_MPP:g}", where="--mpp")
 
 
 def compile_plan(
@@ -138,6 +144,8 @@ def compile_plan(
     calibration = load_calibration(calibrate, palette, options.tolerance)
     more: dict[str, Any] = {"precision": options.precision, "gate": dict(options.gate)}
     more["postprocess"] = options.postprocess.as_json()
+    if options.mpp is not None:
+        more["mpp"] = options.mpp
     if calibration.labelled:
         plan = plan_of_network(network, description, Path(checkpoint))
         temperature = round(fit_temperature(plan, calibration.measuring), 4)

@@ -1,11 +1,12 @@
-"""Reading of rasters (PNG, JPEG, TIFF) and writing of masks, overlays, probabilities and what slides get."""
+"""Reading of rasters (PNG, JPEG, TIFF) and slides, and writing of all that `infer` gives."""
 
 from .overview import OverviewWriter
 from .pyramid import PyramidWriter
-from .reading import SUFFIXES, open_image
+from .reading import SLIDE_SUFFIXES, SUFFIXES, open_image
+from .slide import NATIVE, Resolution
 from .source import ImageSource
 from .whole import read_image, write_png
 from .writing import MaskWriter, OverlayWriter, ProbabilityWriter
 
-__all__ = ["SUFFIXES", "ImageSource", "MaskWriter", "OverlayWriter", "ProbabilityWriter", "open_image"]
-__all__ += ["OverviewWriter", "PyramidWriter", "read_image", "write_png"]
+__all__ = ["NATIVE", "SLIDE_SUFFIXES", "SUFFIXES", "ImageSource", "MaskWriter", "OverlayWriter", "OverviewWriter"]
+__all__ += ["ProbabilityWriter", "PyramidWriter", "Resolution", "open_image", "read_image", "write_png"]

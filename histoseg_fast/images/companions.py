@@ -12,6 +12,9 @@ from histoseg_fast.images.source import DECODE_ERRORS
 BY_NAME = {".mrxs", ".vms", ".vmu"}
 """Slides whose named file is an index: a thumbnail or a text, so that only its suffix tells what it is."""
 
+OF_SEVERAL_FILES = {*BY_NAME, ".dcm"}
+"""Suffixes of slides that may be more than one file."""
+
 MAX_INDEX_BYTES = 2**20
 _ENTRY = re.compile(r"^\s*\w+(?:\(\d+(?:,\d+)*\))?\s*=\s*(\S.*?)\s*$", re.MULTILINE)
 _SERIES, _AFTER = 0x0020000E, 0x0020000F

@@ -68,8 +68,12 @@ class SegmentedSource(ImageSource):
                 fill(at)
             return
         self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(MAX_DECODERS, "decoder")
-        parts = [segments[i::threads] for i in range(threads)]
-        futures = [self._pool.submit(lambda part: [fill(at) for at in part], part) for part in parts]
+
+        def fill_all(part: list[tuple[int, int]]) -> None:
+            for at in part:
+                fill(at)
+
+        futures = [self._pool.submit(fill_all, segments[i::threads]) for i in range(threads)]
         concurrent.futures.wait(futures)
         for future in futures:
             future.result()

@@ -13,7 +13,7 @@ from histoseg_fast.images.resample import Resampler
 from histoseg_fast.images.segments import OVERLAP_ROWS
 from histoseg_fast.images.source import ImageSource
 from histoseg_fast.images.tiff import MAX_PIXELS
-from histoseg_fast.images.tiff_slide import MAX_MPP, MIN_MPP
+from histoseg_fast.plan import MAX_MPP, MIN_MPP
 
 TOLERANCE = 0.05
 """A level this close to the resolution asked for is read as it is: no network can tell, and nothing is blurred."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from histoseg_fast.images.content import Content
 from histoseg_fast.images.source import DECODE_ERRORS
 from histoseg_fast.images.tiff import load_tifffile
+from histoseg_fast.plan import MAX_MPP, MIN_MPP
 
 if TYPE_CHECKING:
     import tifffile
@@ -18,10 +19,6 @@ MAX_PAGES = 64
 
 MAX_DESCRIPTION = 2**20
 """Most characters of a description that are searched."""
-
-MIN_MPP, MAX_MPP = 0.01, 20.0
-"""Micrometres a pixel that a microscope's finest level may have: 300 dots an inch, which programs write without
-knowing, would be 85."""
 
 _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 _OF_RESOLUTION_UNIT = {2: 25_400.0, 3: 10_000.0}
@@ -70,7 +67,7 @@ def _some(pages: tifffile.TiffPages | None, start: int = 1) -> list[tifffile.Tif
     found: list[tifffile.TiffPage] = []
     try:
         while pages is not None and len(found) < MAX_PAGES:
-            found.append(pages[start + len(found)])
+            found.append(cast("tifffile.TiffPage", pages[start + len(found)]))
     except DECODE_ERRORS:
         pass
     return found
@@ -111,5 +108,5 @@ def _resolution(page: tifffile.TiffPage, tag: int, unit: float) -> float:
 
 
 def plausible_mpp(down: float, across: float) -> tuple[float, float] | None:
-    """Both, if they are what the finest level of a slide may have."""
+    """Both, if a microscope may have them: 300 dots an inch, which programs write without knowing, would be 85."""
     return (down, across) if MIN_MPP <= down <= MAX_MPP and MIN_MPP <= across <= MAX_MPP else None

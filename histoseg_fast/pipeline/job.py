@@ -368,6 +368,8 @@ class Job:
         return files | {
             "width": self.grid.width,
             "height": self.grid.height,
+            "level": self.image.level,
+            "mpp": self.image.mpp,
             "pixels": {name: int(n) for name, n in zip(names, self.counts, strict=True)},
             "glass_pixels": self.glass_pixels,
             "mean_confidence": None if confidence is None else round(confidence, 9),

@@ -15,6 +15,7 @@ import numpy as np
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
 from histoseg_fast.errors import ImageError, UsageError
+from histoseg_fast.images import Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import MANIFEST, Manifest, clear_partials, run_key, write_run, write_summary
@@ -34,8 +35,9 @@ MAX_GPU_READERS = 16
 @dataclass(frozen=True)
 class InferOptions:
     """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
-    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it. tissue_mask:
-    whether glass on slides is skipped; tissue_threshold: as `find_tissue` reads it.
+    suits the device). threads: CPU threads (0: all). postprocess: as `Plan.choose_postprocess` reads it. mpp, level:
+    the resolution to read at (see `Resolution`; neither: slides at the plan's). tissue_mask: whether glass on slides is
+    skipped; tissue_threshold: as `find_tissue` reads it.
     """
 
     device: str = "auto"
@@ -46,6 +48,8 @@ class InferOptions:
     overlay: bool = False
     probabilities: bool = False
     postprocess: str = "plan"
+    mpp: float | None = None
+    level: int | None = None
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
 
@@ -76,6 +80,7 @@ def infer(
     steps = plan.choose_postprocess(options.postprocess)
     threshold = options.tissue_threshold if options.tissue_mask else None
     outputs = Outputs(out, plan.palette, options.overlay, options.probabilities, steps, threshold)
+    resolution = Resolution(options.level, options.mpp, plan.mpp)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
@@ -84,7 +89,7 @@ def infer(
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
-                stream = _stream(engine, plan, sources, outputs, manifest, options, progress)
+                stream = _stream(engine, plan, sources, outputs, manifest, resolution, options, progress)
                 progress.start(engine, len(sources), stream)
                 try:
                     totals = stream.run(progress.poll)
@@ -123,6 +128,7 @@ def _stream(
     sources: Sequence[Source],
     outputs: Outputs,
     manifest: Manifest,
+    resolution: Resolution,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
@@ -133,6 +139,7 @@ def _stream(
         "tissue_threshold": outputs.tissue_threshold,
         "device": engine.device.partition(":")[0],
         "precision": engine.precision,
+        "resolution": asdict(resolution),
     }
     most = MAX_READERS if engine.device == "cpu" else MAX_GPU_READERS
     readers = max(1, min(most, (options.threads or available_cores()) // 2))
@@ -147,6 +154,7 @@ def _stream(
         batch=options.batch or engine.batch,
         readers=readers,
         writers=readers,
+        resolution=resolution,
         key=run_key(plan.sha256, decisive),
         on_image=progress.image,
     )

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.images import SUFFIXES
+from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
+from histoseg_fast.images.companions import OF_SEVERAL_FILES, companions
 from histoseg_fast.pipeline.records import MANIFEST
 
 OUTPUT_FOLDERS = ("masks", "overlays", "probabilities", "overviews", "tissue")
 """Folders of results in `out`; never read as input."""
+READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
 
     Folders are searched recursively for the known suffixes (hidden files, `out` and results in it left out) and
     do not follow links to folders; names are relative to the folder, to the part of a pattern before its
-    first wildcard, or a file's own name. An image's outputs are called by its name without suffix, unless two
+    first wildcard, or a file's own name. Of the files that make up one slide (see `companions`) the first is the
+    input. An image's outputs are called by its name without suffix, unless two
     images share that; then both keep their suffix. Raises UsageError if an input names nothing, or two inputs would
     share an output.
     """
@@ -40,9 +43,13 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     for text in inputs:
         matches = list(_expand(text, out))
         if not matches:
-            raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(SUFFIXES)))
+            raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES)))
         for path, name in matches:
             found.setdefault(os.path.abspath(path), (path, name))
+    for path in sorted(map(Path, found)):
+        if path.suffix.lower() in OF_SEVERAL_FILES and str(path) in found:
+            for companion in companions(path):
+                found.pop(str(companion), None)
     stems = Counter(_stem(name).casefold() for _, name in found.values())
     sources = [
         Source(path, name, _stem(name) if stems[_stem(name).casefold()] == 1 else name) for path, name in found.values()
@@ -72,7 +79,7 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
                 continue
             if os.path.isdir(match):
                 yield from _walk(Path(match), out)
-            elif Path(match).suffix.lower() in SUFFIXES:
+            elif Path(match).suffix.lower() in READ_SUFFIXES:
                 yield Path(match), Path(match).relative_to(_fixed_part(text)).as_posix()
     else:
         raise UsageError("no such file or folder", where=text)
@@ -87,7 +94,7 @@ def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
             f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in skip
         )
         for file in sorted(files):
-            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("."):
+            if os.path.splitext(file)[1].lower() in READ_SUFFIXES and not file.startswith("."):
                 path = Path(folder, file)
                 yield path, path.relative_to(root).as_posix()
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
-from histoseg_fast.images import open_image
+from histoseg_fast.images import NATIVE, Resolution, open_image
 from histoseg_fast.pipeline.job import Band, Job, Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
@@ -58,8 +58,8 @@ class Stream:
     """One run of an engine over images.
 
     sources : what to do, in this order. tile : tile size in pixels, halo included. batch : tiles a batch.
-    key : digest of plan and options, as `Manifest.complete` wants it. on_image : called with each image's
-    manifest entry ("done", "failed" or "skipped") from the thread that finished it.
+    resolution : the grid that images are read on. key : digest of plan and options, as `Manifest.complete` wants it.
+    on_image : called with each image's manifest entry ("done", "failed" or "skipped") from the thread that finished it.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class Stream:
         batch: int = 1,
         readers: int = 1,
         writers: int = 1,
+        resolution: Resolution = NATIVE,
         key: str = "",
         on_image: Callable[[dict[str, Any]], None] = lambda entry: None,
     ):
         self.engine, self.outputs, self.manifest = engine, outputs, manifest
         self.stride, self.halo, self.tile, self.batch = stride, halo, tile, batch
-        self.key, self.on_image = key, on_image
+        self.resolution, self.key, self.on_image = resolution, key, on_image
         self.totals = Totals()
         self.fatal: BaseException | None = None
         self._ring = Ring(engine, engine.depth, batch, outputs.wants)
@@ -172,7 +173,7 @@ class Stream:
     def _read_image(self, number: int, source: Source) -> None:
         started = time.perf_counter()
         try:
-            image = open_image(source.path)
+            image = open_image(source.path, self.resolution)
         except ImageError as error:
             return self._report(self._entry(source) | {"status": "failed", "error": str(error)})
         paths = self.outputs.paths(source.stem, slide=image.slide)

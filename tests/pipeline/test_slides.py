@@ -62,7 +62,7 @@ def slides(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Slide]]:
 
     def make(kind: type[Slide] = Slide) -> list[Slide]:
         opened: list[Slide] = []
-        monkeypatch.setattr(stream_module, "open_image", lambda path: (opened.append(kind(path)), opened[-1])[1])
+        monkeypatch.setattr(stream_module, "open_image", lambda path, _: (opened.append(kind(path)), opened[-1])[1])
         return opened
 
     return make

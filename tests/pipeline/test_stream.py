@@ -109,8 +109,8 @@ def test_a_slow_reader_in_a_shared_batch_does_not_mix_up_the_bands_of_another_im
             assert holds_place.wait(PATIENCE)
         read(y0, *rest)
 
-    def open_slowly(path: Path) -> object:
-        image = open_image(path)
+    def open_slowly(path: Path, *options: object) -> object:
+        image = open_image(path, *options)
         image.read_rows = functools.partial(read_slowly, image.read_rows, path.name)
         return image
 
@@ -159,7 +159,9 @@ def test_a_slow_stage_holds_the_readers_back(tmp_path: Path, monkeypatch: pytest
     make_pictures(tmp_path / "in", 60, 8, 8)
     batch, readers, writers, opened, over, most = 2, 2, 2, [], [], []
     open_image = stream_module.open_image
-    monkeypatch.setattr(stream_module, "open_image", lambda path: (opened.append(path), open_image(path))[1])
+    monkeypatch.setattr(
+        stream_module, "open_image", lambda path, *more: (opened.append(path), open_image(path, *more))[1]
+    )
 
     def dawdle(_: object) -> None:
         time.sleep(0.01)
