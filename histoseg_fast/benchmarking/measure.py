@@ -209,7 +209,7 @@ def _compare(
         plain = replace(plain, options=replace(plain.options, device="cpu"))
         with open_stream_engine(plain.plan, len(small), plain.options, report) as engine:
             run_stream(plain, engine, keep=exact)
-    paths = [work.outputs.paths(source.stem)["mask"] for source in small]
+    paths = [work.outputs.paths(source.stem, slide=False)["mask"] for source in small]
     for row, folder in zip(rows, masks, strict=True):
         same = [(read_image(folder / path) == read_image(exact / path)).all(-1) for path in paths]
         pixels = sum(each.size for each in same)

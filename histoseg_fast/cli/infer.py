@@ -47,6 +47,10 @@ def command(
     ),
     mpp: float = typer.Option(None, help="Micrometres a pixel to read at (default: slides at the plan's)."),
     level: int = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
+    no_tissue_mask: bool = typer.Option(False, "--no-tissue-mask", help="Segment the glass of slides too."),
+    tissue_threshold: float = typer.Option(
+        0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
+    ),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -59,7 +63,9 @@ def command(
 
     outlines = OutlineOptions(min_area, exact_outlines) if geojson else None
     options = InferOptions(
-        device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level
+        *(device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level),
+        tissue_mask=not no_tissue_mask,
+        tissue_threshold=tissue_threshold,
     )
     display = Display()
     try:
@@ -72,9 +78,10 @@ def command(
         )
     finally:
         display.close()
+    rate = display.rate(totals.pixels - totals.glass, record["wall_seconds"])
     print(
         f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
-        f"{display.rate(totals.pixels, record['wall_seconds'])}; {record['plan']} plan on {record['device']}, "
+        f"{rate}; {record['plan']} plan on {record['device']}, "
         f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
     )
     if display.signal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,12 +64,29 @@ class Resampler:
         self._ends = np.minimum(last, source.height)
         self._step = max(1, int(BLOCK_BYTES / (source.width * 3 * scale[0])))
 
-    def read(self, y0: int, y1: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 (y1 - y0, width, 3) of packed pixels, with these rows. Raises what the source raises."""
+    def read(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
+        """Fill `columns` of `out`, uint8 (y1 - y0, width, 3) of packed pixels. Raises what the source raises."""
+        taps = self._columns.weights.shape[1]
+        spans = _joined(
+            (int(self._columns.first[first]), min(int(self._columns.first[end - 1]) + taps, self._source.width))
+            for first, end in columns
+        )
         for top in range(y0, y1, self._step):
             bottom = min(top + self._step, y1)
             first, end = int(self._rows.first[top]), int(self._ends[bottom - 1])
             block = np.empty((end - first, self._source.width, 3), np.uint8)
-            self._source.read_rows(first, end, block)
+            self._source.read_rows(first, end, block, spans)
             rows = self._rows.first[top:bottom] - np.int32(first), self._rows.weights[top:bottom]
-            _core.resample(block, *rows, *self._columns, out[top - y0 : bottom - y0])
+            for left, right in columns:
+                across = self._columns.first[left:right], self._columns.weights[left:right]
+                _core.resample(block, *rows, *across, out[top - y0 : bottom - y0, left:right])
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans from left to right, those that overlap made one."""
+    joined: list[tuple[int, int]] = []
+    for first, end in spans:
+        if joined and first < joined[-1][1]:
+            first = joined.pop()[0]
+        joined.append((first, end))
+    return joined

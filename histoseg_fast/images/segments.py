@@ -6,7 +6,7 @@ import abc
 import concurrent.futures
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,6 +40,9 @@ class SegmentedSource(ImageSource):
         """One segment as RGB uint8, cropped to the image. Called from several threads."""
 
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
+        self._read_columns(y0, y1, out, ((0, self.width),))
+
+    def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
         height, width = self._seg_height, self._seg_width
         self._kept = {at: kept for at, kept in self._kept.items() if (at[0] + 1) * height > y0 and at[0] * height < y1}
 
@@ -53,8 +56,9 @@ class SegmentedSource(ImageSource):
             first, last = max(y0, top), min(y1, top + height)
             out[first - y0 : last - y0, left : left + width] = pixels[first - top : last - top]
 
-        rows, columns = range(y0 // height, (y1 - 1) // height + 1), range(math.ceil(self.width / width))
-        self._each(fill, list(itertools.product(rows, columns)))
+        rows = range(y0 // height, (y1 - 1) // height + 1)
+        wanted = sorted({at for first, end in columns for at in range(first // width, math.ceil(end / width))})
+        self._each(fill, list(itertools.product(rows, wanted)))
 
     def _each(self, fill: Callable[[tuple[int, int]], None], segments: list[tuple[int, int]]) -> None:
         """Fill in all segments; the first error is raised when no thread works on any of them any more."""

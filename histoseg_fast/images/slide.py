@@ -74,7 +74,7 @@ class SlideSource(ImageSource):
         self._source = source = levels[self.level]
         self._scale = scale or (1.0, 1.0)
         self._resampler: Resampler | None = None
-        self._tail: tuple[int, np.ndarray] = (0, np.empty((0, 0, 3), np.uint8))
+        self._tail: tuple[int, np.ndarray, Sequence[tuple[int, int]]] = (0, np.empty((0, 0, 3), np.uint8), ())
         if scale is None:
             self.width, self.height = source.width, source.height
             self.mpp = None if mpp is None else math.sqrt(math.prod(self._mpp_of(self.level)))
@@ -83,6 +83,7 @@ class SlideSource(ImageSource):
             self._check_size(width, height, MAX_PIXELS, "use a larger --mpp")
             self._resampler = Resampler(source, height, width, scale)
             self.mpp = resolution.mpp or resolution.trained
+        self.scale = finest.width / self.width
 
     def _choose(self, resolution: Resolution) -> tuple[int, tuple[float, float] | None]:
         """The level, and its pixels a pixel (down, across); None for its own grid."""
@@ -123,21 +124,25 @@ class SlideSource(ImageSource):
         return self._finest[0] * finest.height / other.height, self._finest[1] * finest.width / other.width
 
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
+        self._read_columns(y0, y1, out, ((0, self.width),))
+
+    def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
         if self._resampler is None:
-            self._source.read_rows(y0, y1, out)
+            self._source.read_rows(y0, y1, out, columns)
             return
-        first, tail = self._tail  # what bands share is resampled once
-        known = min(max(first + len(tail) - y0, 0), y1 - y0) if y0 >= first else 0
+        first, tail, spans = self._tail  # what bands share is resampled once
+        there = all(any(left <= column[0] and column[1] <= right for left, right in spans) for column in columns)
+        known = min(max(first + len(tail) - y0, 0), y1 - y0) if there and y0 >= first else 0
         if known:
             out[:known] = tail[y0 - first : y0 - first + known]
         if known < y1 - y0:
             packed = out.strides[1:] == (3, 1)
             fresh = out[known:] if packed else np.empty((y1 - y0 - known, self.width, 3), np.uint8)
-            self._resampler.read(y0 + known, y1, fresh)
+            self._resampler.read(y0 + known, y1, fresh, columns)
             if not packed:
                 out[known:] = fresh
         start = max(y0, y1 - OVERLAP_ROWS)
-        self._tail = start, out[start - y0 :].copy()
+        self._tail = start, out[start - y0 :].copy(), columns
 
     def overview(self, step: int) -> np.ndarray | None:
         if not self.slide:
@@ -148,7 +153,7 @@ class SlideSource(ImageSource):
             if min(scale) >= 1 or source is self._levels[0]:
                 break
         out = np.empty((height, width, 3), np.uint8)
-        Resampler(source, height, width, scale).read(0, height, out)
+        Resampler(source, height, width, scale).read(0, height, out, ((0, width),))
         return out
 
     def _pixels_of(self, source: ImageSource, step: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -57,6 +57,7 @@ class ImageSource(abc.ABC):
     width, height : size in pixels.
     slide : whether this is a whole slide: resolution levels, or a format that slide scanners write.
     level : the resolution level that is read, or resampled from; 0 is the finest.
+    scale : pixels of level 0 along one pixel of the grid that `read_rows` gives.
     mpp : micrometres a pixel of the grid that `read_rows` gives, or None where the file does not say.
     warnings : what a reader of the results should know, one clause each.
     """
@@ -64,6 +65,7 @@ class ImageSource(abc.ABC):
     format: str
     slide: bool = False
     level: int = 0
+    scale: float = 1.0
     mpp: float | None = None
     width: int
     height: int
@@ -75,8 +77,11 @@ class ImageSource(abc.ABC):
         self.sha256 = content.sha256
         self.warnings: list[str] = []
 
-    def read_rows(self, y0: int, y1: int, out: np.ndarray) -> None:
-        """Fill `out` with the rows y0 to y1 (exclusive).
+    def read_rows(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]] | None = None) -> None:
+        """Fill `out` with the rows y0 to y1 (exclusive), or at least with their pixels in `columns`.
+
+        columns : disjoint spans (first, end) from left to right; what lies outside of them may be left undefined,
+        and formats that store tiles do not decode it.
 
         `out` is uint8 of shape (y1 - y0, width, 3), of any strides. Bands may come in any order and may
         overlap; they are cheap when y0 never falls and overlaps are at most a few hundred rows. Raises
@@ -88,7 +93,10 @@ class ImageSource(abc.ABC):
             raise ValueError(f"out is {out.dtype} {out.shape}, not uint8 {(y1 - y0, self.width, 3)}")
         if y0 < y1:
             with self._told():
-                self._read(y0, y1, out)
+                if columns is None:
+                    self._read(y0, y1, out)
+                else:
+                    self._read_columns(y0, y1, out, columns)
 
     def overview(self, step: int) -> np.ndarray | None:
         """The image shrunk by `step` (whole, from 1): uint8 (ceil(height / step), ceil(width / step), 3).
@@ -101,6 +109,10 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
         """`read_rows` with checked arguments; may raise any of `DECODE_ERRORS`."""
+
+    def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
+        """`_read` where only the pixels in `columns` matter; formats that can leave the others out override it."""
+        self._read(y0, y1, out)
 
     def close(self) -> None:
         """Let go of the file. ImageError where it changed while it was read (only files over 256 MiB)."""

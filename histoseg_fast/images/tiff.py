@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
@@ -145,10 +145,13 @@ class TiffSource(SegmentedSource):
                 self.warnings.append("holds more than one page of this size; only the first is read")
 
     def _read(self, y0: int, y1: int, out: np.ndarray) -> None:
+        self._read_columns(y0, y1, out, ((0, self.width),))
+
+    def _read_columns(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
         if self._direct:
             self._read_direct(y0, y1, out)
         else:
-            super()._read(y0, y1, out)
+            super()._read_columns(y0, y1, out, columns)
 
     def _segment(self, row: int, column: int) -> np.ndarray:
         """One strip or tile as RGB, cropped to the image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import imagecodecs
@@ -20,9 +21,12 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return out
 
 
-def write_png(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
-    """Write RGB uint8 (H, W, 3) as PNG, whole or not at all. Raises ImageError (disk full, no permission)."""
-    data = imagecodecs.png_encode(np.ascontiguousarray(rgb), level=3)
+def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> str:
+    """Write RGB uint8 (H, W, 3) or grey uint8 (H, W) as PNG, whole or not at all; the hex SHA-256 of the file.
+
+    Raises ImageError (disk full, no permission).
+    """
+    data = imagecodecs.png_encode(np.ascontiguousarray(pixels), level=3)
     try:
         with atomic_write(path) as stream:
             stream.write(data)
@@ -30,3 +34,4 @@ def write_png(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
         raise ImageError(
             f"cannot be written: {error.strerror or error}", where=path, fix="free space or choose another folder"
         ) from error
+    return hashlib.sha256(data).hexdigest()

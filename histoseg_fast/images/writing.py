@@ -16,7 +16,8 @@ import imagecodecs
 import numpy as np
 
 from histoseg_fast.errors import ImageError
-from histoseg_fast.files import atomic_write
+from histoseg_fast.files import atomic_write, sha256_of
+from histoseg_fast.images.tiff_directory import ASCII, LONG, LONG8, SHORT, Entry, write_directory, write_header
 
 MASK_CHUNK_BYTES = 4 * 2**20
 """Rows of a mask are gathered to about this much before they are compressed."""
@@ -69,6 +70,10 @@ class BandWriter(abc.ABC):
         if self._open:
             self._open = False
             self._file.__exit__(_Aborted, _Aborted(), None)
+
+    @abc.abstractmethod
+    def write_rows(self, rows: np.ndarray) -> None:
+        """Take the next rows, uint8, of any strides; their shape is the format's own."""
 
     @abc.abstractmethod
     def _complete(self) -> str:
@@ -213,7 +218,7 @@ class ProbabilityWriter(BandWriter):
         self._offsets: list[list[int]] = [[] for _ in names]
         self._counts: list[list[int]] = [[] for _ in names]
         self._big = width * height * len(names) > CLASSIC_TIFF_BYTES
-        with self._told():  # the offset of the first page comes in at the end
+        with self._told():  # the header comes in at the end
             self._stream.write(bytes(16 if self._big else 8))
 
     def write_rows(self, rows: np.ndarray) -> None:
@@ -242,49 +247,21 @@ class ProbabilityWriter(BandWriter):
     def _complete(self) -> str:
         if self._filled:
             self._flush_strip()
-        first = self._align()
-        for page in range(len(self._names)):
-            self._write_page(page, last=page == len(self._names) - 1)
-        self._stream.seek(0)
-        self._stream.write(
-            struct.pack("<2sHHHQ", b"II", 43, 8, 0, first) if self._big else struct.pack("<2sHI", b"II", 42, first)
-        )
-        self._stream.flush()
-        digest = hashlib.sha256()
-        with open(self._stream.name, "rb") as written:  # the header changed last, so a running digest is no use
-            while block := written.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
+        kind, following, pages = LONG8 if self._big else LONG, 0, len(self._names)
+        for page in reversed(range(pages)):
+            entries: list[Entry] = [
+                (254, LONG, [2]), (256, LONG, [self.width]), (257, LONG, [self.height]), (258, SHORT, [8]),
+                (259, SHORT, [8]), (262, SHORT, [1]), (273, kind, self._offsets[page]), (277, SHORT, [1]),
+                (278, LONG, [self._strip.shape[1]]), (279, kind, self._counts[page]),
+                (285, ASCII, self._names[page]), (297, SHORT, [page, pages]), (317, SHORT, [2]),
+            ]  # fmt: skip
+            following = write_directory(self._stream, entries, following, big=self._big)
+        write_header(self._stream, following, big=self._big)
+        return digest_written(self._stream)
 
-    def _align(self) -> int:
-        """Pad the file to a multiple of 8, where TIFF wants its directories; the position."""
-        self._stream.write(bytes(-self._stream.tell() % 8))
-        return self._stream.tell()
 
-    def _write_page(self, page: int, *, last: bool) -> None:
-        """One directory and, behind it, the values that do not fit into it."""
-        offset_type, word = (16, "Q") if self._big else (4, "I")
-        short, long, text = 3, 4, 2
-        entries = [
-            (254, long, [2]), (256, long, [self.width]), (257, long, [self.height]), (258, short, [8]),
-            (259, short, [8]), (262, short, [1]), (273, offset_type, self._offsets[page]), (277, short, [1]),
-            (278, long, [self._strip.shape[1]]), (279, offset_type, self._counts[page]),
-            (285, text, self._names[page]), (297, short, [page, len(self._names)]), (317, short, [2]),
-        ]  # fmt: skip
-        count_format = "Q" if self._big else "H"
-        inline = struct.calcsize(word)
-        head = struct.calcsize("<" + count_format)
-        position = self._stream.tell() + head + len(entries) * (4 + 2 * inline) + inline
-        directory, behind = [struct.pack("<" + count_format, len(entries))], []
-        for tag, kind, values in entries:
-            code = {short: "H", long: "I", text: "B", 16: "Q"}[kind]
-            body = struct.pack(f"<{len(values)}{code}", *values)
-            if len(body) > inline:
-                body += bytes(-len(body) % 8)
-                behind.append(body)
-                body, position = struct.pack("<" + word, position), position + len(body)
-            directory.append(struct.pack("<HH" + word, tag, kind, len(values)) + body.ljust(inline, b"\0"))
-        after = position + (-position % 8)
-        directory.append(struct.pack("<" + word, 0 if last else after))
-        self._stream.write(b"".join(directory + behind))
-        self._align()
+def digest_written(stream: BinaryIO) -> str:
+    """Hex SHA-256 of a file that is still open for writing; its header changes last, so a running one is no use."""
+    stream.flush()
+    with open(stream.name, "rb") as written:
+        return sha256_of(written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from histoseg_fast.images import (
     MaskWriter,
     OutlineOptions,
     OverlayWriter,
+    OverviewWriter,
     ProbabilityWriter,
+    PyramidWriter,
+    write_png,
 )
+from histoseg_fast.images.overview import overview_step
+from histoseg_fast.images.writing import BandWriter
 from histoseg_fast.labels import Palette
 from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, Overview, Tissue, find_tissue
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import TileGrid, reflect_indices
 
@@ -31,10 +38,18 @@ OVERLAY_ALPHA = 90
 CONFIDENCE_ONE = 65535
 """The stitcher sums confidences as integers in this unit, so that sums do not depend on the tiles' order."""
 
+GLASS_ROWS = 256
+"""Rows of glass that are handed to the writers at once."""
+GLASS_LOGIT = 20.0
+"""The background's logit on glass, the others' being 0, where a step wants logits."""
+NO_OVERVIEW = "it has no small level to find glass on, so all of it was segmented"
+
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where results go and which are wanted. geojson: how to outline the classes, None for no such file."""
+    """Where results go and which are wanted. geojson : how to outline the classes, None for no such file.
+    tissue_threshold : as `find_tissue` reads it; None segments glass too.
+    """
 
     folder: Path
     palette: Palette
@@ -42,15 +57,20 @@ class Outputs:
     geojson: OutlineOptions | None = None
     probabilities: bool = False
     postprocess: PostProcessing = NO_STEPS
+    tissue_threshold: float | None = DEFAULT_THRESHOLD
 
     @property
     def wants(self) -> Wants:
         """What the engine has to give for them."""
         return Wants(self.probabilities, self.postprocess.crf is not None)
 
-    def paths(self, stem: str) -> dict[str, str]:
+    def paths(self, stem: str, *, slide: bool) -> dict[str, str]:
         """Output files of an image, relative to the folder, by their key in the manifest."""
-        wanted = {"mask": f"masks/{stem}.png"}
+        wanted = {"mask": f"masks/{stem}.ome.tif" if slide else f"masks/{stem}.png"}
+        if slide:
+            wanted["overview"] = f"overviews/{stem}.png"
+        if slide and self.tissue_threshold is not None:
+            wanted["tissue"] = f"tissue/{stem}.png"
         if self.overlay:
             wanted["overlay"] = f"overlays/{stem}.jpg"
         if self.geojson is not None:
@@ -93,6 +113,12 @@ class Job:
 
     With post-processing, which looks at the whole image, its bands are views of one array that is kept until the last
     is there; an image that is too large for a step goes without it, which `warnings` say.
+
+    Of a slide, tiles without tissue never enter the pipeline: their pixels are background by definition. Bands exist
+    for the rows of tiles that hold some tissue; `write` puts glass in between, and `glass_band` stands for a slide
+    of nothing else.
+
+    tissue_tiles : bool (rows, columns) of the grid, which tiles are run; all, until `look_for_glass`.
     """
 
     source: Source
@@ -112,7 +138,11 @@ class Job:
         self._steps = wanted.within(pixels)
         self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
-        self._writers: dict[str, MaskWriter | OverlayWriter | GeojsonWriter | ProbabilityWriter] = {}
+        self._writers: dict[str, BandWriter] = {}
+        self.tissue_tiles = np.ones((len(self.grid.rows), len(self.grid.columns)), bool)
+        self._overview: Overview | None = None
+        self._tissue: Tissue | None = None
+        self._next_row = 0
         self._above: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -120,9 +150,39 @@ class Job:
     def warnings(self) -> list[str]:
         """What a reader of the results should know, one clause each."""
         wanted, pixels = self.outputs.postprocess, self.grid.height * self.grid.width
-        if self._steps == wanted:
-            return self.image.warnings
-        return [*self.image.warnings, f"post-processed with {self._steps}, not {wanted}: it has {pixels} pixels"]
+        warnings = list(self.image.warnings)
+        if self._tissue is not None and self._overview is None:
+            warnings.append(NO_OVERVIEW)
+        if self._steps != wanted:
+            warnings.append(f"post-processed with {self._steps}, not {wanted}: it has {pixels} pixels")
+        return warnings
+
+    def look_for_glass(self) -> None:
+        """Read the overview of a slide and choose the tiles that are run; before any of them is.
+
+        Raises ImageError.
+        """
+        height, width = self.grid.height, self.grid.width
+        overview = Overview.read(self.image)
+        if self.outputs.tissue_threshold is not None:
+            if overview is None:
+                self._tissue = Tissue.everywhere(height, width)
+            else:
+                self._tissue = find_tissue(overview, self.outputs.tissue_threshold)
+            self.tissue_tiles = self._tissue.tiles(self.grid)
+        if overview is not None:  # the large one is not kept
+            self._overview = overview.shrunk(overview_step(*overview.rgb.shape[:2]))
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """The rows of the grid that hold tissue; the others are neither read nor run."""
+        return np.flatnonzero(self.tissue_tiles.any(axis=1)).tolist()
+
+    @cached_property
+    def glass_pixels(self) -> int:
+        """Pixels in the cores of tiles that are not run."""
+        heights, widths = ([span.core_end - span.core for span in axis] for axis in (self.grid.rows, self.grid.columns))
+        return int((np.outer(heights, widths) * ~self.tissue_tiles).sum())
 
     def fail(self, error: HistosegError) -> bool:
         """Record the first error of this image; whether this was it."""
@@ -133,18 +193,31 @@ class Job:
     def fill_band(self, row: int, out: np.ndarray) -> None:
         """Read what row `row` of the grid needs into `out`, uint8 (tile height, padded width, 3), far edges reflected.
 
-        Rows come in order; the image is closed after the last, before any result of it can be finished.
+        What lies under no tile of the row that is run is undefined. The rows in `rows` come in order; the image is
+        closed after the last, before any result of it can be finished.
         Raises ImageError, also if the file changed while it was read.
         """
         span, height, width = self.grid.rows[row], self.grid.height, self.grid.width
         last = min(span.outer_end, height)
-        self.image.read_rows(span.outer, last, out[: last - span.outer, :width])
+        self.image.read_rows(span.outer, last, out[: last - span.outer, :width], self._columns(row))
         if last < span.outer_end:
             out[last - span.outer :, :width] = out[reflect_indices(height, span.outer_end)[last:] - span.outer, :width]
         if width < out.shape[1]:
             out[:, width:] = out[:, reflect_indices(width, out.shape[1])[width:]]
-        if row == len(self.grid.rows) - 1:
+        if row == self.rows[-1]:
             self.image.close()
+
+    def _columns(self, row: int) -> list[tuple[int, int]] | None:
+        """The spans of pixels that the tiles of `row` need, halos included; None for all of them."""
+        if self.tissue_tiles[row].all():
+            return None
+        spans: list[tuple[int, int]] = []
+        for column in np.flatnonzero(self.tissue_tiles[row]).tolist():
+            first, end = self.grid.columns[column].outer, min(self.grid.columns[column].outer_end, self.grid.width)
+            if spans and first <= spans[-1][1]:
+                first = spans.pop()[0]
+            spans.append((first, end))
+        return spans
 
     def stitch(self, tile: Tile, slot: Slot, index: int) -> Band | None:
         """Crop and paste `tile`, which is done at place `index` of `slot`; the band, once it is whole."""
@@ -169,49 +242,86 @@ class Job:
         return self._bands.pop(row, None) if band.missing == 0 else None  # None too if it was abandoned meanwhile
 
     def _new_band(self, row: int) -> Band:
-        rows, width = self.grid.rows[row], self.grid.width
+        rows, tiles = self.grid.rows[row], self.tissue_tiles[row]
         height = rows.core_end - rows.core
         if self._steps == NO_STEPS:
-            pixels = self._allocate(height)
+            pixels = self._allocate(height, glass=not tiles.all())
         else:
-            whole = self._whole = self._whole or self._allocate(self.grid.height)
+            glass = self.glass_pixels > 0
+            whole = self._whole = self._whole or self._allocate(self.grid.height, glass=glass)
             pixels = whole.rows(rows.core, rows.core_end)
-        probabilities = np.empty((len(self.counts), height, width), np.uint8) if self.outputs.probabilities else None
-        self._bands[row] = Band(row, pixels, probabilities, len(self.grid.columns))
+        probabilities = self._allocate_probabilities(height, glass=not tiles.all())
+        self._bands[row] = Band(row, pixels, probabilities, int(tiles.sum()))
         return self._bands[row]
 
-    def _allocate(self, height: int) -> Pixels:
+    def glass_band(self) -> Band:
+        """The one band of a slide without tissue, for `write`."""
+        self._new_band(0)
+        return self._bands.pop(0)
+
+    def _allocate(self, height: int, *, glass: bool) -> Pixels:
+        """Rows for tiles to be pasted into; where some of it is `glass`, all is at first: white, background."""
         width, crf = self.grid.width, self._steps.crf is not None
-        return Pixels(
-            np.empty((height, width), np.uint8),
-            np.empty((height, width, 3), np.uint8) if self.outputs.overlay or crf else None,
-            np.empty((len(self.counts), height, width), np.float32) if crf else None,
-        )
+        classes = np.zeros((height, width), np.uint8) if glass else np.empty((height, width), np.uint8)
+        rgb = np.empty((height, width, 3), np.uint8) if self.outputs.overlay or crf else None
+        logits = np.empty((len(self.counts), height, width), np.float32) if crf else None
+        if glass and rgb is not None:
+            rgb[...] = 255
+        if glass and logits is not None:
+            logits[0], logits[1:] = GLASS_LOGIT, 0
+        return Pixels(classes, rgb, logits)
+
+    def _allocate_probabilities(self, height: int, *, glass: bool) -> np.ndarray | None:
+        if not self.outputs.probabilities:
+            return None
+        probabilities = np.empty((len(self.counts), height, self.grid.width), np.uint8)
+        if glass:
+            probabilities[0], probabilities[1:] = 255, 0
+        return probabilities
 
     def write(self, band: Band) -> bool:
-        """Write one band, in order of rows; whether it was the last. Raises ImageError (disk full, no permission).
+        """Write one band, in order of rows, and the glass beside it; whether it was the last.
 
-        With post-processing, mask, overlay and outlines are written with the last band.
+        With post-processing, all but probabilities is written with the last band. Raises ImageError (disk full, no
+        permission).
         """
-        last = band.index == len(self.grid.rows) - 1
+        last = band.index == (self.rows[-1] if self.rows else 0)
         if not self._writers:
             self._open_writers()
-        if band.probabilities is not None:
-            self._writers["probabilities"].write_rows(band.probabilities)
-        if self._whole is None:
-            self._write_pixels(band.pixels)
-        elif last:
-            self._write_pixels(self._post_process(self._whole))
-            self._whole = None
+        self._write_glass(self.grid.rows[band.index].core)
+        self._write_rows(band.pixels, band.probabilities)
+        if last:
+            self._write_glass(self.grid.height)
+            self.counts[0] += np.uint64(self.glass_pixels)
+            if self._whole is not None:
+                self._write_pixels(self._post_process(self._whole))
+                self._whole = None
         return last
 
+    def _write_glass(self, end: int) -> None:
+        """Glass from the next row to before row `end`."""
+        while self._next_row < end:
+            height = min(GLASS_ROWS, end - self._next_row)
+            probabilities = self._allocate_probabilities(height, glass=True)
+            self._write_rows(self._allocate(height, glass=True), probabilities)
+
+    def _write_rows(self, pixels: Pixels, probabilities: np.ndarray | None) -> None:
+        if probabilities is not None:
+            self._writers["probabilities"].write_rows(probabilities)
+        if self._whole is None:
+            self._write_pixels(pixels)
+        self._next_row += len(pixels.classes)
+
     def _post_process(self, whole: Pixels) -> Pixels:
-        """The whole image after the steps; `counts` become those of the new classes."""
+        """The whole image after the steps, glass as it was; `counts` become those of the new classes."""
         if whole.logits is None:
             classes = self._steps.clean(whole.classes, len(self.counts))
         else:
             assert whole.rgb is not None
             classes = self._steps.apply(whole.rgb, whole.logits).ids
+        for row, column in np.argwhere(~self.tissue_tiles):
+            down, across = self.grid.rows[row], self.grid.columns[column]
+            classes[down.core : down.core_end, across.core : across.core_end] = 0
         self.counts = np.array([np.count_nonzero(classes == i) for i in range(len(self.counts))], np.uint64)
         return replace(whole, classes=classes)
 
@@ -219,6 +329,8 @@ class Job:
         self._writers["mask"].write_rows(pixels.classes)
         if self.outputs.geojson is not None:
             self._writers["geojson"].write_rows(pixels.classes)
+        if "overview" in self._writers:
+            self._writers["overview"].write_rows(pixels.classes)
         if self.outputs.overlay:
             rgb = pixels.rgb
             assert rgb is not None
@@ -227,34 +339,55 @@ class Job:
             self._writers["overlay"].write_rows(rgb)
 
     def _open_writers(self) -> None:
+        for kind, path in self._paths().items():
+            if kind != "tissue":
+                self._writers[kind] = self._open_writer(kind, self.outputs.folder / path)
+
+    def _paths(self) -> dict[str, str]:
+        return self.outputs.paths(self.source.stem, slide=self.image.slide)
+
+    def _open_writer(self, kind: str, path: Path) -> BandWriter:
         height, width, palette = self.grid.height, self.grid.width, self.outputs.palette
-        outlines = self.outputs.geojson
-        for kind, relative in self.outputs.paths(self.source.stem).items():
-            path = self.outputs.folder / relative
-            if kind == "mask":
-                self._writers[kind] = MaskWriter(path, width, height, palette.array)
-            elif kind == "overlay":
-                self._writers[kind] = OverlayWriter(path, width, height)
-            elif kind == "geojson":
-                assert outlines is not None
-                self._writers[kind] = GeojsonWriter(path, width, height, palette.names, palette.array, outlines)
-            else:
-                self._writers[kind] = ProbabilityWriter(path, width, height, palette.names)
+        if kind == "mask" and self.image.slide:
+            return PyramidWriter(path, width, height, palette, self.image.mpp)
+        if kind == "mask":
+            return MaskWriter(path, width, height, palette.array)
+        if kind == "overview":
+            step, rgb = overview_step(height, width), None
+            if self._overview is not None:
+                step, rgb = self._overview.step, self._overview.rgb
+            return OverviewWriter(path, width, height, palette, OVERLAY_ALPHA, step, rgb)
+        if kind == "geojson":
+            assert self.outputs.geojson is not None
+            return GeojsonWriter(
+                path, width, height, palette.names, palette.array, self.outputs.geojson, self.image.scale
+            )
+        if kind == "overlay":
+            return OverlayWriter(path, width, height)
+        return ProbabilityWriter(path, width, height, palette.names)
 
     def finish(self) -> dict[str, Any]:
         """Put the outputs in place; their manifest fields. Raises ImageError (disk full)."""
         files: dict[str, Any] = {}
-        paths = self.outputs.paths(self.source.stem)
+        paths = self._paths()
         for kind, writer in self._writers.items():
             files |= {kind: paths[kind], f"{kind}_sha256": writer.finish()}
-        names, total = self.outputs.palette.names, int(self.counts.sum())
+        if self._tissue is not None:
+            mask = np.where(self._tissue.mask, np.uint8(255), np.uint8(0))
+            files |= {
+                "tissue": paths["tissue"],
+                "tissue_sha256": write_png(self.outputs.folder / paths["tissue"], mask),
+            }
+        names, segmented = self.outputs.palette.names, self.grid.height * self.grid.width - self.glass_pixels
+        confidence = int(self.confidence.sum()) / (CONFIDENCE_ONE * segmented) if segmented else None
         return files | {
             "width": self.grid.width,
             "height": self.grid.height,
             "level": self.image.level,
             "mpp": self.image.mpp,
             "pixels": {name: int(n) for name, n in zip(names, self.counts, strict=True)},
-            "mean_confidence": round(int(self.confidence.sum()) / (CONFIDENCE_ONE * total), 9),
+            "glass_pixels": self.glass_pixels,
+            "mean_confidence": None if confidence is None else round(confidence, 9),
         }
 
     def abandon(self) -> None:

@@ -115,15 +115,17 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     """DIR/summary.csv, a row for each done image in the order of names, the same for any order of work.
 
     Columns: image, width, height (pixels), for each class its pixels and share of the image, tumour_stroma_ratio
-    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1), mpp (micrometres
-    a pixel) and each class's area in square micrometres (all empty where the image does not state its resolution).
+    (cancer / (cancer + stroma); empty without either), mean_confidence (of the winning class, 0 to 1, over segmented
+    pixels; empty where all is glass), mpp (micrometres a pixel) and each class's area in square micrometres (all empty
+    where the image does not state its resolution), glass_pixels (of the background: what was taken for glass and not
+    segmented).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
     areas = [f"{name}_um2" for name in classes]
     scores_of = ["tumour_stroma_ratio", "mean_confidence", "mpp"]
-    writer.writerow(["image", "width", "height", *columns, *scores_of, *areas])
+    writer.writerow(["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"])
     for entry in sorted(entries, key=lambda e: e["input"]):
         if entry["status"] != "done":
             continue
@@ -131,11 +133,12 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
         total = sum(counts)
         shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
         ratio = tumour_stroma_ratio(entry["pixels"])
-        scores = ["" if ratio is None else f"{ratio:.6f}", f"{entry['mean_confidence']:.6f}"]
+        scores = ["" if score is None else f"{score:.6f}" for score in (ratio, entry["mean_confidence"])]
         mpp = entry.get("mpp")
         sizes = ["" for _ in areas] if mpp is None else [f"{count * mpp * mpp:.1f}" for count in counts]
         shown = "" if mpp is None else f"{mpp:.6g}"
-        writer.writerow([entry["input"], entry["width"], entry["height"], *shares, *scores, shown, *sizes])
+        size = entry["width"], entry["height"]
+        writer.writerow([entry["input"], *size, *shares, *scores, shown, *sizes, entry["glass_pixels"]])
     with atomic_write(out / SUMMARY) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 

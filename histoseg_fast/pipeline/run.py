@@ -29,6 +29,7 @@ from histoseg_fast.pipeline.records import (
 )
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import check_tile
 
@@ -44,7 +45,8 @@ class InferOptions:
     """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
-    neither: slides at the plan's).
+    neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
+    reads it.
     """
 
     device: str = "auto"
@@ -58,6 +60,8 @@ class InferOptions:
     postprocess: str = "plan"
     mpp: float | None = None
     level: int | None = None
+    tissue_mask: bool = True
+    tissue_threshold: float = DEFAULT_THRESHOLD
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -89,7 +93,10 @@ def infer(
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
     options.resolution(plan)  # what is wrong with it is told before any work
-    outputs = Outputs(out, plan.palette, options.overlay, options.geojson, options.probabilities, steps)
+    threshold = options.tissue_threshold if options.tissue_mask else None
+    outputs = Outputs(
+        out, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
+    )
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
@@ -148,6 +155,7 @@ def make_stream(
         "geojson": None if outputs.geojson is None else asdict(outputs.geojson),
         "probabilities": outputs.probabilities,
         "postprocess": outputs.postprocess.as_json(),
+        "tissue_threshold": outputs.tissue_threshold,
         "device": engine.device.partition(":")[0],
         "precision": engine.precision,
         "resolution": asdict(options.resolution(plan)),
@@ -190,6 +198,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "images_skipped": totals.skipped,
         "interrupted": stream.stopped,
         "megapixels": round(totals.pixels / 1e6, 3),
+        "glass_megapixels": round(totals.glass / 1e6, 3),
         "wall_seconds": round(wall, 3),
         "stage_seconds": {stage: round(seconds, 3) for stage, seconds in totals.stage_seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),

@@ -15,7 +15,7 @@ from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
 from histoseg_fast.images.companions import OF_SEVERAL_FILES, companions
 from histoseg_fast.pipeline.records import MANIFEST
 
-OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities")
+OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities", "overviews", "tissue")
 """Folders of results in `out`; never read as input."""
 READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
 

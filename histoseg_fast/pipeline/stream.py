@@ -42,14 +42,15 @@ STAGES = ("read", "engine", "stitch", "write")
 
 @dataclass
 class Totals:
-    """What a run has done so far: images by fate, pixels of done images, pixels segmented so far (those of
-    images in flight too), seconds by stage summed over images.
+    """What a run has done so far: images by fate, pixels of done images and what of them is skipped glass, pixels
+    segmented so far (those of images in flight too), seconds by stage summed over images.
     """
 
     done: int = 0
     failed: int = 0
     skipped: int = 0
     pixels: int = 0
+    glass: int = 0
     segmented: int = 0
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
@@ -178,7 +179,7 @@ class Stream:
             image = open_image(source.path, self.resolution)
         except ImageError as error:
             return self._report(self._entry(source) | {"status": "failed", "error": str(error)})
-        paths = self.outputs.paths(source.stem)
+        paths = self.outputs.paths(source.stem, slide=image.slide)
         if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder, paths):
             with contextlib.suppress(ImageError):  # it changes just now: the next run will see
                 image.close()
@@ -187,6 +188,9 @@ class Stream:
         job = Job(source, image, grid, self.outputs, number, started=started)
         job.seconds["read"] += time.perf_counter() - started
         try:
+            if image.slide:
+                with _Timer(job, "read"):
+                    job.look_for_glass()
             if image.width * image.height > BIG_IMAGE_PIXELS:
                 with self._big:
                     self._read_bands(job)
@@ -199,11 +203,14 @@ class Stream:
                 image.close()
 
     def _read_bands(self, job: Job) -> None:
-        """Fill the job's tiles in raster order; a single tile is decoded straight into its slot."""
+        """Fill the job's tiles in raster order, glass left out; a single tile is decoded straight into its slot."""
         grid = job.grid
         height, width = grid.tile_shape
+        if not job.rows:
+            job.image.close()
+            return self._put(self._queue(job), (job, job.glass_band()))
         if len(grid.columns) == 1:
-            for row in range(len(grid.rows)):
+            for row in job.rows:
                 if self._given_up(job):
                     return
                 batch, index, place = self._ring.take((height, width))
@@ -216,12 +223,13 @@ class Stream:
                     self._ring.fill(batch, index, tile)
             return
         band = np.empty((height, grid.columns[-1].outer_end, 3), np.uint8)
-        for row in range(len(grid.rows)):
+        for row in job.rows:
             with _Timer(job, "read"):
                 job.fill_band(row, band)
-            for column, span in enumerate(grid.columns):
+            for column in np.flatnonzero(job.tissue_tiles[row]).tolist():
                 if self._given_up(job):
                     return
+                span = grid.columns[column]
                 batch, index, place = self._ring.take((height, width))
                 place[...] = band[:, span.outer : span.outer_end]
                 self._ring.fill(batch, index, Tile(job, row, column, grid.core(row, column)))
@@ -255,9 +263,10 @@ class Stream:
                 except MemoryError:
                     self._fail(tile.job, _out_of_memory(tile.job))
                     continue
+                top, left, bottom, right = tile.core
+                self.totals.segmented += (bottom - top) * (right - left)
                 if band is not None:
                     bands.append((tile.job, band))
-                    self.totals.segmented += band.pixels.classes.size
             self._ring.release(batch)
             for job, band in bands:
                 self._put(self._queue(job), (job, band))
@@ -335,6 +344,7 @@ class Stream:
             setattr(self.totals, entry["status"], getattr(self.totals, entry["status"]) + 1)
             if entry["status"] == "done":
                 self.totals.pixels += entry["width"] * entry["height"]
+                self.totals.glass += entry["glass_pixels"]
             for stage, seconds in entry.get("seconds", {}).items():
                 self.totals.stage_seconds[stage] += seconds
         self.on_image(entry)

@@ -23,7 +23,8 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="thi
 def done(name: str, background: int, cancer: int, stroma: int) -> dict[str, object]:
     pixels = dict(zip(CLASSES, (background, cancer, stroma), strict=True))
     total = background + cancer + stroma
-    return {"input": name, "status": "done", "pixels": pixels, "width": total, "height": 1, "mean_confidence": 0.5}
+    size = {"width": total, "height": 1, "glass_pixels": 0}
+    return {"input": name, "status": "done", "pixels": pixels, **size, "mean_confidence": 0.5}
 
 
 @pytest.mark.parametrize("torn", [b'{"input": "image_003.png", "sta', b"\0\0\0\0", b'{"input": "x"'])

@@ -1,0 +1,118 @@
+"""Where a slide holds tissue: found on an overview of it, so that clean glass is neither read nor run.
+
+A pixel of the overview is tissue where its darkest channel absorbs more than `threshold` (optical density) of the
+slide's white, that is, lies under white * 10^-threshold. The stains of H&E absorb green above all, so that the palest
+stroma is far from glass in that channel, whatever its brightness in red; so are pen, dust and shadows, which count as
+tissue. White is the bright end (90th percentile of the brightest channel) of what can be glass at all: bright pixels
+without much colour. It is never taken under `WHITE_FLOOR`, so that a slide of nothing but pale tissue is no glass, and
+is 255 where nearly no pixel can be glass. Then a margin around all tissue is added, which closes gaps (lumens, fat)
+narrower than two margins. Nothing that was found is ever taken away again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from histoseg_fast.images import ImageSource
+from histoseg_fast.images.overview import overview_step, shrink
+from histoseg_fast.tiling import TileGrid
+
+DEFAULT_THRESHOLD = 0.03
+"""Optical density under which a pixel is glass: of white 243, what is darker than 227 in no channel."""
+
+MARGIN = 128
+"""Pixels of the slide that count as tissue around all tissue, at least one pixel of the overview."""
+
+OVERVIEW_SIDE = 4096
+"""Longest side of the overview that is read; masks are no finer than this."""
+
+LEAST_STEP = 8
+"""A mask pixel is at least this many pixels of the slide wide: means of 8 x 8 are free of the sensor's noise."""
+
+GLASS_DARKEST, GLASS_CHROMA = 200, 16
+"""What can be glass: no channel under the one, no two channels further apart than the other."""
+
+GLASS_SHARE = 1e-3
+"""With less of the overview than this that can be glass, white is 255."""
+
+WHITE_FLOOR = 230
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """mask : bool (ceil(height / step), ceil(width / step)), where a slide holds tissue. step : pixels a mask pixel."""
+
+    mask: np.ndarray
+    step: int
+
+    @classmethod
+    def everywhere(cls, height: int, width: int) -> Tissue:
+        """The mask of an image of this size on which nothing is known of glass."""
+        step = overview_step(height, width, OVERVIEW_SIDE)
+        return cls(np.ones((-(-height // step), -(-width // step)), bool), step)
+
+    def tiles(self, grid: TileGrid) -> np.ndarray:
+        """bool (rows, columns): whether the core of each tile of `grid` holds any tissue."""
+        rows = np.stack([self._any(self.mask, span.core, span.core_end, 0) for span in grid.rows])
+        return np.stack([self._any(rows, span.core, span.core_end, 1) for span in grid.columns], axis=1)
+
+    def _any(self, mask: np.ndarray, first: int, end: int, axis: int) -> np.ndarray:
+        """Whether any mask pixel that pixels `first` to before `end` lie on is set; an empty span has none."""
+        places = np.arange(first // self.step, -(-end // self.step) if end > first else first // self.step)
+        return np.asarray(mask.take(places, axis).any(axis))
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A slide shrunk by `step`: uint8 (ceil(height / step), ceil(width / step), 3)."""
+
+    rgb: np.ndarray
+    step: int
+
+    @classmethod
+    def read(cls, image: ImageSource) -> Overview | None:
+        """The overview of `image` in which tissue is looked for; None where it gives none. Raises ImageError."""
+        step = overview_step(image.height, image.width, OVERVIEW_SIDE)
+        rgb = image.overview(step)
+        return None if rgb is None else cls(rgb, step)
+
+    def shrunk(self, factor: int) -> Overview:
+        """This overview, `factor` times smaller."""
+        return Overview(shrink(self.rgb, factor), self.step * factor)
+
+
+def find_tissue(overview: Overview, threshold: float = DEFAULT_THRESHOLD) -> Tissue:
+    """The tissue on `overview`, with its margin. threshold : optical density, over 0."""
+    small = overview.shrunk(-(-LEAST_STEP // overview.step))
+    darkest = small.rgb.min(axis=2)
+    mask = darkest < white_level(small.rgb) * 10**-threshold
+    return Tissue(_grown(mask, -(-MARGIN // small.step)), small.step)
+
+
+def white_level(rgb: np.ndarray) -> float:
+    """The grey level of glass on an overview, uint8 (h, w, 3): `WHITE_FLOOR` to 255.
+
+    Pure white is left out: it is what formats fill in where nothing was scanned.
+    """
+    darkest, brightest = rgb.min(axis=2), rgb.max(axis=2)
+    glass = brightest[(darkest >= GLASS_DARKEST) & (brightest - darkest <= GLASS_CHROMA) & (darkest < 255)]
+    if glass.size < GLASS_SHARE * darkest.size:
+        return 255.0
+    return max(float(np.percentile(glass, 90)), WHITE_FLOOR)
+
+
+def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
+    """`mask` and all within `radius` pixels of it, along both axes (a square)."""
+    for axis in (0, 1):
+        sums = np.cumsum(mask, axis=axis, dtype=np.int32)
+        length = mask.shape[axis]
+        places = np.arange(length)
+        upper = sums.take(np.minimum(places + radius, length - 1), axis)
+        lower = sums.take(np.maximum(places - radius - 1, 0), axis)
+        first = [slice(None), slice(None)]
+        first[axis] = slice(0, radius + 1)
+        lower[tuple(first)] = 0
+        mask = upper > lower
+    return mask
