@@ -149,6 +149,16 @@ def test_a_precision_alone_is_compared_all_the_same(bench: Bench, tmp_path: Path
     assert "fp32 on 4 image(s), to compare with" in said.err
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_cold_figure_only_where_pages_are_dropped(bench: Bench, tmp_path: Path, monkeypatch, capsys, drops) -> None:
+    monkeypatch.setattr(measure, "forget_pages", lambda paths: drops)
+    make_pictures(tmp_path / "in", 2)
+    assert bench(tmp_path / "in", "--repeats", 2, "--precision", "fp32", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cold_images_per_second"] is not None) == drops
+    assert any("cold page cache" in line for line in found["warnings"]) != drops
+
+
 def test_large_images_are_not_compared(bench: Bench, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(measure, "MAX_COMPARED_PIXELS", 999)
     make_pictures(tmp_path / "in", 1, 50, 60)
