@@ -53,7 +53,7 @@ def judge(
         )
         limit, because = "cores", f"the other stages share them with the engine, for each image {spent}"
         advice = _fewer_seconds(row, options)
-        if others > OTHERS:
+        if others >= 1 - share:
             because, advice = f"other programs keep {row['other_processors']:.1f} of them busy", []
     else:
         limit = "waiting"

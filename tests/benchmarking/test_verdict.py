@@ -57,6 +57,7 @@ def seconds(**changes: float) -> dict[str, float]:
         ({"share_of_engine": 0.9}, "cores", "decode 10.0 ms, stitch 1.0 ms, write 4.0 ms"),
         ({"share_of_engine": 0.9, "cpu_busy_share": 0.5}, "waiting", "the cores are 50% busy"),
         ({"share_of_engine": 0.9, "cpu_busy_share": 0.5, "other_processors": 1.9}, "cores", "keep 1.9 of them"),
+        ({"share_of_engine": 0.9, "other_processors": 0.3}, "cores", "decode 10.0 ms"),
         ({"share_of_engine": 0.9, "device": "cuda:0"}, "waiting", "no stage works throughout"),
     ],
 )
