@@ -42,13 +42,13 @@ def forget_pages(paths: Iterable[Path]) -> bool:
 def _forget(path: Path) -> bool:
     if not hasattr(os, "posix_fadvise"):
         return False
-    with open(path, "rb") as stream:
-        try:
+    try:
+        with open(path, "rb") as stream:
             os.fsync(stream.fileno())  # a page that is not on the disk yet is not dropped
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return pages_in_memory(stream) == 0
-        except OSError:
-            return False
+    except OSError:
+        return False
 
 
 def pages_in_memory(stream: BinaryIO) -> int:

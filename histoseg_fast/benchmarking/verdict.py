@@ -53,6 +53,8 @@ def judge(
         )
         limit, because = "cores", f"the other stages share them with the engine, for each image {spent}"
         advice = _fewer_seconds(row, options)
+        if others >= 1 - share:
+            because, advice = f"other programs keep {row['other_processors']:.1f} of them busy", []
     else:
         limit = "waiting"
         because = f"no stage works throughout: {idle}, the cores are {row['cpu_busy_share']:.0%} busy"
@@ -132,6 +134,8 @@ def warn(rows: Sequence[dict[str, Any]]) -> list[str]:
             found.append(
                 f"{row['precision']}: other programs kept {cores:.1f} processor(s) busy; the figures are too low"
             )
+        if row["wall_seconds"] < SHORT_SECONDS:
+            found.append(f"{row['precision']}: a run took {row['wall_seconds']:.2f} s; measure longer (--images)")
         if row["cold_images_per_second"] is None:
             found.append(f"{row['precision']}: no figure for a cold page cache, the system does not drop these files")
     return found

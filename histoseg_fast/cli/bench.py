@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 
 def command(
-    inputs: list[str] = typer.Argument(None, metavar="[INPUT...]", help="Images or folders (default: made-up fields)."),
+    inputs: list[str] = typer.Argument(None, metavar="INPUT", help="Images or folders (default: made-up fields)."),
     engine: str = typer.Option("fast", help="A plan file, or a shipped plan: fast, or final (the paper's)."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 or several: cuda:0,1."),
     precision: list[str] = typer.Option(["auto"], help="As for infer; give it again for more rows; all: every one."),
@@ -173,7 +173,7 @@ def _table(*columns: str) -> Table:
 def speeds(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Throughput, latency and agreement, a row for each precision."""
     heads = ("", "images/s", "least, most", "megapixels/s", "engine alone", "of engine", "cold cache")
-    table = _table(*heads, "latency p50 p95 p99, s", "as fp32")
+    table = _table(*heads, "p50 p95 p99, s", "as fp32")
     for row in rows:
         cold, kept = row["cold_images_per_second"], row["agreement_with_fp32"]
         table.add_row(

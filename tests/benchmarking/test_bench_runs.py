@@ -150,8 +150,7 @@ def test_forgotten_files_are_read_again_from_the_disk(tmp_path: Path) -> None:
 
 
 def test_files_that_are_gone_or_in_memory_are_not_cold(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        forget_pages([tmp_path / "gone"])
+    assert not forget_pages([tmp_path / "gone"])
     shared = Path("/dev/shm")
     if shared.is_dir() and os.access(shared, os.W_OK):
         path = shared / f"histoseg-test-{os.getpid()}"

@@ -56,7 +56,8 @@ def seconds(**changes: float) -> dict[str, float]:
         ({"share_of_engine": 0.7, "stage_seconds": seconds(stitch=9.5)}, "stitch", "1 thread(s)"),
         ({"share_of_engine": 0.9}, "cores", "decode 10.0 ms, stitch 1.0 ms, write 4.0 ms"),
         ({"share_of_engine": 0.9, "cpu_busy_share": 0.5}, "waiting", "the cores are 50% busy"),
-        ({"share_of_engine": 0.9, "cpu_busy_share": 0.5, "other_processors": 1.9}, "cores", "share them"),
+        ({"share_of_engine": 0.9, "cpu_busy_share": 0.5, "other_processors": 1.9}, "cores", "keep 1.9 of them"),
+        ({"share_of_engine": 0.9, "other_processors": 0.3}, "cores", "decode 10.0 ms"),
         ({"share_of_engine": 0.9, "device": "cuda:0"}, "waiting", "no stage works throughout"),
     ],
 )
@@ -120,5 +121,6 @@ def test_warnings() -> None:
     assert warn([row()]) == [] == warn([row(other_processors=None)])
     assert "12% apart" in warn([row(spread=0.12)])[0] and "20% apart" in warn([row(engine_spread=0.2)])[0]
     assert "1.7 processor(s)" in warn([row(other_processors=1.7)])[0]
+    assert "a run took 0.50 s" in warn([row(wall_seconds=0.5)])[0]
     assert "cold" in warn([row(cold_images_per_second=None)])[0]
     assert len(warn([row(spread=0.12, other_processors=1.7), row(spread=0.5)])) == 3

@@ -149,6 +149,16 @@ def test_a_precision_alone_is_compared_all_the_same(bench: Bench, tmp_path: Path
     assert "fp32 on 4 image(s), to compare with" in said.err
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_cold_figure_only_where_pages_are_dropped(bench: Bench, tmp_path: Path, monkeypatch, capsys, drops) -> None:
+    monkeypatch.setattr(measure, "forget_pages", lambda paths: drops)
+    make_pictures(tmp_path / "in", 2)
+    assert bench(tmp_path / "in", "--repeats", 2, "--precision", "fp32", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cold_images_per_second"] is not None) == drops
+    assert any("cold page cache" in line for line in found["warnings"]) != drops
+
+
 def test_large_images_are_not_compared(bench: Bench, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(measure, "MAX_COMPARED_PIXELS", 999)
     make_pictures(tmp_path / "in", 1, 50, 60)
@@ -256,3 +266,19 @@ def test_interrupted(tiny_plan_path: Path, tmp_path: Path, number: int, again: b
     assert run.returncode == 128 + number
     assert out == "" and "interrupted" in said and "Traceback" not in said
     assert list((tmp_path / "tmp").iterdir()) == [] and not (tmp_path / "b.json").exists()
+
+
+def test_a_gpu(bench: Bench, gpus: Any, tmp_path: Path, capsys) -> None:
+    """On fake GPUs: the engine alone and the grid run there, and fp32 on the CPU is what it is compared with."""
+    cuda = gpus.start(2)
+    make_pictures(tmp_path / "in", 6, 60, 72)
+    options = ("--device", "cuda:0,1", "--precision", "all", "--repeats", 1, "--sweep", "--json", "-")
+    assert bench(tmp_path / "in", *options) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [(row["precision"], row["device"]) for row in found["rows"]] == [("fp16", "cuda:0,1"), ("fp32", "cuda:0,1")]
+    assert found["batch"] == 4 and 0 <= found["agreement_with_fp32"] <= 1
+    assert "fp32 on 4 image(s), to compare with" in said.err
+    assert [(point["tile"], point["batch"]) for point in found["sweep"]] == [(128, batch) for batch in (1, 2, 4, 8)]
+    assert all(gpu.calls["enqueue"] for gpu in cuda.gpus)
+    cuda.check_nothing_left()
