@@ -281,6 +281,29 @@ def test_the_finest_level_is_the_same_through_openslide(tmp_path):
         assert mpp == pytest.approx((0.5, 0.5))
 
 
+def test_openslide_that_dies_costs_its_slide(tmp_path):
+    image = open_image(write_philips(tmp_path / "a.tiff", noise(200, 300)))
+    (worker,) = image._source._workers._all
+    worker._process.kill()
+    with pytest.raises(ImageError, match=r"a\.tiff: damaged OPENSLIDE data \(OpenSlide ended over it, with code -9\)"):
+        image.read_rows(0, 200, np.zeros((200, 300, 3), np.uint8))
+    image.close()
+
+
+def test_openslide_in_several_processes_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(segments, "PARALLEL_PIXELS", 0)
+    monkeypatch.setattr(segments, "available_cores", lambda: 3)
+    level = noise(1100, 200)
+    image = open_image(write_philips(tmp_path / "a.tiff", level))
+    out = np.zeros_like(level)
+    image.read_rows(0, 1100, out)
+    workers = image._source._workers._all
+    assert 1 <= len(workers) <= 3
+    image.close()
+    assert all(worker._process.poll() is not None for worker in workers)
+    np.testing.assert_array_equal(out, level)
+
+
 def test_a_slide_that_changes_while_it_is_read(tmp_path):
     path = write_philips(tmp_path / "a.tiff", noise(64, 64))
     image = open_image(path)
