@@ -1,31 +1,38 @@
 #include "outline_simplify.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
+#include <limits>
 
 namespace histoseg {
 namespace {
 
-// Gates that are tried beyond the farthest visible one: a bound on the time of made-up outlines.
-constexpr std::size_t kLookAhead = 256;
+// A line passes at most so many gates, which bounds the time of made-up outlines; some 40 pixels of a straight one.
+constexpr std::size_t kMaxPassed = 64;
+// What a point costs, and what it costs more where it does not lie in the middle of a run.
+constexpr std::int64_t kPoint = std::int64_t{1} << 32, kOffMiddle = 1;
 
 // The gate of a pixel edge: the centres of the pixels to the left and to the right of the way along it (y down).
 struct Gate {
-    HalfPoint left, right;
-    HalfPoint middle() const { return {(left.x + right.x) / 2, (left.y + right.y) / 2}; }
+    HalfPoint left, middle, right;
+    std::int64_t cost;  // of a point in its middle
 };
 
-// The gates of the first and the last edge of each straight run: whoever passes both passes those between.
+// The gates of the first and the last edge of each straight run, and one across its middle: whoever passes these
+// passes those between.
 std::vector<Gate> find_gates(const std::vector<Corner>& corners) {
     std::vector<Gate> gates;
     for (std::size_t i = 0; i + 1 < corners.size(); ++i) {
         const HalfPoint from = half_point(corners[i]), to = half_point(corners[i + 1]);
         const int dx = (to.x > from.x) - (to.x < from.x), dy = (to.y > from.y) - (to.y < from.y);
-        const auto add = [&](HalfPoint middle) {
-            gates.push_back({{middle.x + dy, middle.y - dx}, {middle.x - dy, middle.y + dx}});
+        const auto add = [&](HalfPoint middle, std::int64_t cost) {
+            gates.push_back({{middle.x + dy, middle.y - dx}, middle, {middle.x - dy, middle.y + dx}, cost});
         };
-        add({from.x + dx, from.y + dy});
-        if (std::abs(to.x - from.x) + std::abs(to.y - from.y) > 2) add({to.x - dx, to.y - dy});
+        const bool single = std::abs(to.x - from.x) + std::abs(to.y - from.y) == 2;
+        if (!single) add({from.x + dx, from.y + dy}, kPoint + kOffMiddle);
+        add({(from.x + to.x) / 2, (from.y + to.y) / 2}, kPoint);
+        if (!single) add({to.x - dx, to.y - dy}, kPoint + kOffMiddle);
     }
     return gates;
 }
@@ -65,28 +72,43 @@ private:
     bool unlimited_ = true;
 };
 
+// By gate, and at the end for the last point: the cheapest way there, and the stop before it. Stop 0 is the start,
+// stop i + 1 the middle of gate i.
+struct Stop {
+    std::int64_t cost;
+    std::size_t before;
+};
+
 }  // namespace
 
 std::vector<HalfPoint> simplify_outline(const std::vector<Corner>& corners, bool closed) {
-    const std::vector<Gate> gates = find_gates(corners);
+    std::vector<Gate> gates = find_gates(corners);
     // A closed outline starts and ends in its first gate, which it passes there.
-    const HalfPoint last = closed ? gates.front().middle() : half_point(corners.back());
-    HalfPoint eye = closed ? last : half_point(corners.front());
-    std::vector<HalfPoint> points{eye};
-    for (std::size_t next = closed ? 1 : 0; next <= gates.size();) {
-        View view(eye);
-        std::size_t farthest = next;
-        for (std::size_t i = next; i <= gates.size() && i <= farthest + kLookAhead; ++i) {
-            const HalfPoint candidate = i == gates.size() ? last : gates[i].middle();
-            if (view.sees(candidate)) {
-                farthest = i;
-                eye = candidate;
-            }
-            if (i < gates.size() && !view.narrow(gates[i])) break;
+    const HalfPoint last = closed ? gates.front().middle : half_point(corners.back());
+    const HalfPoint first = closed ? last : half_point(corners.front());
+    if (closed) gates.erase(gates.begin());
+    const std::size_t end = gates.size();
+    const auto point_at = [&](std::size_t stop) {
+        return stop == 0 ? first : stop > end ? last : gates[stop - 1].middle;
+    };
+
+    std::vector<Stop> stops(end + 2, {std::numeric_limits<std::int64_t>::max(), 0});
+    stops[0].cost = 0;
+    for (std::size_t from = 0; from <= end; ++from) {
+        View view(point_at(from));
+        for (std::size_t to = from + 1; to <= std::min(end + 1, from + kMaxPassed); ++to) {
+            const std::int64_t cost = stops[from].cost + (to > end ? 0 : gates[to - 1].cost);
+            if (cost < stops[to].cost && view.sees(point_at(to))) stops[to] = {cost, from};
+            if (to > end || !view.narrow(gates[to - 1])) break;
         }
-        points.push_back(eye);
-        next = farthest + 1;
     }
+
+    std::vector<HalfPoint> points{last};
+    for (std::size_t stop = end + 1; stop > 0;) {
+        stop = stops[stop].before;
+        points.push_back(point_at(stop));
+    }
+    std::reverse(points.begin(), points.end());
     return points;
 }
 

@@ -27,10 +27,11 @@ constexpr std::int32_t kMaxCorner = std::int32_t{1} << 28;
 // pixel centre lies farther off, so none changes sides.
 //
 // How: each pixel edge of the outline has a gate, the open segment between the centres of the two pixels that it parts.
-// A line that passes all gates in turn parts the same centres. From an end, or the middle of a gate, the next point is
-// the middle of the farthest gate that can be seen through all gates between. Between its gates the line stays in
-// the unit square around each corner, and no other outline enters that (squares where outlines meet or touch hold
-// their ends); so simplified outlines cross neither themselves nor one another.
+// A line that passes all gates in turn parts the same centres. Points lie in the middles of gates; of all lines that
+// turn only there, the answer has the fewest points (but for a limit on how far one goes straight on). Between its
+// gates the line stays in the unit square around each corner, and no other outline enters that (squares where outlines
+// meet or touch hold their ends); so simplified outlines cross neither themselves nor one another.
+// Time and memory: some hundred nanoseconds and bytes for each turn of the outline.
 std::vector<HalfPoint> simplify_outline(const std::vector<Corner>& corners, bool closed);
 
 }  // namespace histoseg
