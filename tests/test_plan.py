@@ -472,7 +472,7 @@ JSON = st.recursive(
 
 
 @settings(deadline=None, max_examples=300)
-@given(field=st.sampled_from([*FIELDS, "postprocess", "gate", "int8"]), value=JSON)
+@given(field=st.sampled_from([*FIELDS, "postprocess", "gate", "int8", "mpp"]), value=JSON)
 def test_any_value_in_any_field(good, field, value):
     try:
         plan = unpack(with_manifest(good, lambda m: m | {field: value}))
@@ -482,6 +482,17 @@ def test_any_value_in_any_field(good, field, value):
         assert plan.palette and plan.stride >= 1 and plan.halo % plan.stride == 0
         assert all(plan.agreement(p) is None or 0 <= plan.agreement(p) <= 1 for p in plan.manifest["precisions"])
         assert plan.passes("int8") in (True, False) and (plan.ranges is None) == ("int8" not in plan.manifest)
+
+
+@pytest.mark.parametrize("value", [0.01, 0.5, 1, 20])
+def test_the_resolution_is_recorded(good, value):
+    assert unpack(good).mpp is None
+    assert unpack(with_manifest(good, lambda m: m | {"mpp": value})).mpp == value
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.009, 20.1, 10**400, "1", True, [1.0], {}])
+def test_resolutions_that_are_none(good, value):
+    refused(with_manifest(good, lambda m: m | {"mpp": value}), "'mpp'")
 
 
 def test_shuffled_members_are_the_same_plan(good):

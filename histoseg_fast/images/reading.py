@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from histoseg_fast.errors import ImageError
+from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_source, tiff_slide
 from histoseg_fast.images.companions import BY_NAME
 from histoseg_fast.images.content import Content, read_head
@@ -85,7 +86,7 @@ def _open_tiff(content: Content) -> Levels:
             return [TiffSource(content, page, slide=slide) for page in pages], mpp
         except ImageError as error:
             refused = error
-            if not _openslide_knows(content.path):
+            if not has("openslide"):
                 raise
     content.close()
     try:
@@ -94,10 +95,3 @@ def _open_tiff(content: Content) -> Levels:
         if other is None:
             raise refused from None
         raise
-
-
-def _openslide_knows(path: Path) -> bool:
-    try:
-        return openslide_source.load_openslide().OpenSlide.detect_format(path) is not None
-    except ImportError:
-        return False

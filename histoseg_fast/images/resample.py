@@ -45,11 +45,9 @@ class Taps(NamedTuple):
 
 
 def _fixed(shares: np.ndarray) -> np.ndarray:
-    """Shares as whole numbers that add up: rounded, and the largest takes what that left."""
-    weights = np.rint(shares * (_core.resample_one / shares.sum(axis=1, keepdims=True))).astype(np.int64)
-    rows = np.arange(len(weights))
-    weights[rows, weights.argmax(axis=1)] += _core.resample_one - weights.sum(axis=1)
-    return weights.astype(np.uint16)
+    """Shares as whole numbers that add up: what is rounded is their running sum."""
+    sums = np.cumsum(shares, axis=1)
+    return np.diff(np.rint(sums * (_core.resample_one / sums[:, -1:])), prepend=0.0).astype(np.uint16)
 
 
 class Resampler:

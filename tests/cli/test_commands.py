@@ -178,7 +178,7 @@ def test_doctor(run, shipped):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     names = ("CPU", "C++ core", "OpenVINO", "shipped plans", "NVIDIA GPU", "TensorRT", "--device auto", "extra [train]")
-    for name in names:
+    for name in (*names, "OpenSlide"):
         assert any(line.startswith(("yes ", "no  ")) and name in line for line in out.splitlines())
     findings = json.loads(run("doctor", "--json")[1])
     assert all(set(finding) == {"what", "ok", "detail", "fix"} for finding in findings)
@@ -348,6 +348,7 @@ def test_compile(run, data, tmp_path, monkeypatch):
     source, made = checkpoint(tmp_path / "c.safetensors", "two"), tmp_path / "new" / "two.plan"
     spec = "crf,crf.iterations=5,min_island=64"
     arguments = ("--calibrate", data[0] / "images", "--postprocess", spec, "--gate-agreement", 0.25, "--gate-miou", 1)
+    arguments += ("--mpp", 0.5)
     code, out, err = run("compile", source, "-o", made, *arguments)
     assert (code, err) == (0, "") and "two.plan" in out
     lines = out.splitlines()
@@ -357,11 +358,12 @@ def test_compile(run, data, tmp_path, monkeypatch):
     for precision in cpu_precisions()[1:]:
         assert f"{precision} passes the gate of 25.0% agreement, 1 points of mIoU\n" in out
     shown = run("inspect", made)[1]
-    assert "network" in shown and f"postprocess    {spec}\n" in shown
+    assert "network" in shown and f"postprocess    {spec}\n" in shown and "0.5 micrometres a pixel\n" in shown
     assert f"here --precision auto runs {cpu_precisions()[-1]}" in shown
     plan = read_plan(made)
     assert plan.postprocess == PostProcessing(64, 0, CrfOptions(iterations=5))
     assert plan.manifest["gate"] == {"agreement": 0.25, "mean_iou": 0.01} and plan.ranges is not None
+    assert plan.mpp == 0.5
 
 
 def test_compile_of_a_data_folder(run, data, tmp_path, monkeypatch):
@@ -390,6 +392,7 @@ def test_compile_refuses(run, fails, tmp_path):
     fails("compile", tmp_path / "bad.safetensors", *out, words=["bad.safetensors", "cannot be read"])
     fails("compile", source, *out, "--precision", "int4", code=2, words=["'int4'"])
     fails("compile", source, *out, "--precision", "int8", code=2, words=["int8 takes its ranges", "--calibrate DIR"])
+    fails("compile", source, *out, "--mpp", "0", code=2, words=["--mpp: 0 is not 0.01 to 20"])
     fails("compile", source, *out, "--postprocess", "plan", code=2, words=["'plan' is no post-processing"])
     fails("compile", source, *out, "--calibrate", tmp_path / "none", code=2, words=["no such file or folder"])
     fails("compile", source, *out, "--calibrate", tmp_path / "empty", code=2, words=["no image found"])

@@ -106,6 +106,28 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monke
         find_sources([str(data)], tmp_path / "out")
 
 
+def test_files_of_one_slide_are_one_input(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a.mrxs", "a/Data.dat", "a/label.jpg", "s.vms", "s_0.jpg", "s_1.jpg", "plain.jpg")
+    touch(data, "b.svs", "c.ndpi", "d.scn", "e.bif", "f.svslide")
+    (data / "s.vms").write_text("[Virtual Microscope Specimen]\nImageFile=s_0.jpg\nImageFile(1,0)=s_1.jpg\n")
+    wanted = ["a.mrxs", "b.svs", "c.ndpi", "d.scn", "e.bif", "f.svslide", "plain.jpg", "s.vms"]
+    assert names([str(data)], tmp_path / "out") == wanted
+    assert names([str(data / "*.*")], tmp_path / "out") == wanted
+
+
+def test_a_dicom_series_is_one_input(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    for name, series in (("x/1.dcm", "1.2.3"), ("x/2.dcm", "1.2.4"), ("x/3.dcm", "1.2.3"), ("y/1.dcm", "1.2.3")):
+        file = pydicom.Dataset()
+        file.SeriesInstanceUID = series
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        file.save_as(tmp_path / name, implicit_vr=False, little_endian=True)
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + (tmp_path / name).read_bytes())
+    touch(tmp_path, "x/4.dcm")
+    assert names([str(tmp_path)], tmp_path / "out") == ["x/1.dcm", "x/2.dcm", "x/4.dcm", "y/1.dcm"]
+    assert names([str(tmp_path / "x" / "3.dcm")], tmp_path / "out") == ["3.dcm"]
+
+
 def test_links_dangling_and_circular(tmp_path: Path) -> None:
     data = touch(tmp_path / "data", "a.png")
     (data / "gone.png").symlink_to(data / "nowhere.png")
