@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
 from fractions import Fraction
 from xml.sax.saxutils import escape
 
-import imagecodecs
 import numpy as np
 
 from histoseg_fast.errors import one_line
@@ -36,7 +36,6 @@ CLASSIC_TIFF_BYTES = 2**32 - 1
 MPP_RANGE = 0.01, 1000.0
 """Micrometres a pixel that are written; what lies outside is no microscope's, and is left out."""
 
-DEFLATE_LEVEL = 6
 SOFTWARE = b"histoseg-fast\0"
 
 _HEADER_BYTES = 16
@@ -117,7 +116,9 @@ class PyramidWriter(BandWriter):
         plain = bool((tile == first).all())
         if plain and first in self._plain:
             return self._plain[first]
-        packed = imagecodecs.deflate_encode(tile.tobytes(), level=DEFLATE_LEVEL)
+        # Measured on class maps: run lengths alone are twice as quick as level 6, and smaller (see MaskWriter).
+        deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+        packed = deflate.compress(tile.tobytes()) + deflate.flush()
         place = self._stream.tell(), len(packed)
         self._stream.write(packed)
         if plain:

@@ -105,14 +105,13 @@ def white_level(rgb: np.ndarray) -> float:
 
 def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
     """`mask` and all within `radius` pixels of it, along both axes (a square)."""
-    for axis in (0, 1):
-        sums = np.cumsum(mask, axis=axis, dtype=np.int32)
-        length = mask.shape[axis]
-        places = np.arange(length)
-        upper = sums.take(np.minimum(places + radius, length - 1), axis)
-        lower = sums.take(np.maximum(places - radius - 1, 0), axis)
-        first = [slice(None), slice(None)]
-        first[axis] = slice(0, radius + 1)
-        lower[tuple(first)] = 0
-        mask = upper > lower
-    return mask
+    grown = mask.copy()
+    for view in (grown, grown.T):
+        reach = 0
+        while reach < radius:
+            shift = min(reach + 1, radius - reach)  # nearer pixels are there already, so no gap is left
+            before = view.copy()
+            view[shift:] |= before[:-shift]
+            view[:-shift] |= before[shift:]
+            reach += shift
+    return grown
