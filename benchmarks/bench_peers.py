@@ -96,20 +96,21 @@ def monai(plan: Plan, precision: str = "fp32", channels_last: bool = False, wind
 
 
 def tiatoolbox(plan: Plan, precision: str = "fp32", channels_last: bool = False, window: int = WINDOW) -> Network:
-    """TIAToolbox's SemanticSegmentor over the same torch module, its patches read from the image's file in memory."""
+    """TIAToolbox's SemanticSegmentor over the same torch module."""
     import torch
-    from tiatoolbox.models.engine.semantic_segmentor import IOSegmentorConfig, SemanticSegmentor
+    import zarr
+    from tiatoolbox.models.engine.io_config import IOSegmentorConfig
+    from tiatoolbox.models.engine.semantic_segmentor import SemanticSegmentor
     from tiatoolbox.models.models_abc import ModelABC
-    from tiatoolbox.wsicore.wsireader import VirtualWSIReader
 
     class Wrapped(ModelABC):
         def __init__(self) -> None:
             super().__init__()
-            self.module = torch_module(plan, channels_last)
+            self.network = torch_module(plan, channels_last)  # "module" would be taken for a parallel wrapper
 
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                return self.module(batch).float()
+                return self.network(batch).float()
 
         @staticmethod
         def infer_batch(model: torch.nn.Module, batch: torch.Tensor, *, device: str) -> np.ndarray:
@@ -129,17 +130,20 @@ def tiatoolbox(plan: Plan, precision: str = "fp32", channels_last: bool = False,
             patch_output_shape=size,
             stride_shape=stride,
         )
-        reader = VirtualWSIReader(image, mpp=(1.0, 1.0), power=10.0)
-        found = segmentor.run(
-            images=[reader],
-            patch_mode=False,
-            ioconfig=config,
-            return_probabilities=True,
-            auto_get_mask=False,
-            output_type="dict",
-            device="cpu",
-        )
-        return np.moveaxis(np.asarray(found["probabilities"][0]), -1, 0)[:, :height, :width]
+        with tempfile.TemporaryDirectory() as folder:
+            write_png(Path(folder) / "image.png", image)  # it takes files
+            ((_, written),) = segmentor.run(
+                images=[Path(folder) / "image.png"],
+                patch_mode=False,
+                ioconfig=config,
+                return_probabilities=True,
+                auto_get_mask=False,
+                save_dir=Path(folder) / "out",
+                output_type="zarr",
+                device="cpu",
+            ).items()
+            scores = np.asarray(zarr.open(str(written), mode="r")["probabilities"])
+        return np.moveaxis(scores, -1, 0)[:, :height, :width]
 
     return run
 
