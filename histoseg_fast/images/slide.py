@@ -152,7 +152,7 @@ class SlideSource(ImageSource):
             if min(scale) >= 1 or source is self._levels[0]:
                 break
         out = np.empty((height, width, 3), np.uint8)
-        Resampler(source, height, width, scale).read(0, height, out, ((0, width),))
+        Resampler(source, height, width, scale).read(0, height, out)
         return out
 
     def _pixels_of(self, source: ImageSource, step: int) -> tuple[float, float]:
