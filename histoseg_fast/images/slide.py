@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,5 +165,6 @@ class SlideSource(ImageSource):
         )
 
     def close(self) -> None:
-        for level in self._levels:
-            level.close()
+        with contextlib.ExitStack() as stack:
+            for level in self._levels:
+                stack.callback(level.close)

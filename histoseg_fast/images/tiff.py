@@ -163,6 +163,8 @@ class TiffSource(SegmentedSource):
             return np.full((height, width, 3), 255, np.uint8)
         planes = [self._decode(i, height, width) for i in indices]
         samples = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+        if self._bits == 8 and samples.shape[2] == 3 and self._page.photometric in (_RGB, _YCBCR):
+            return samples
         pixels = np.empty((height, width, 3), np.uint8)
         self._convert(samples, pixels)
         return pixels
