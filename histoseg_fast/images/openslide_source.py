@@ -73,13 +73,16 @@ class Worker:
     """A process that has one slide open. `head` is what it said of it; see `openslide_worker`."""
 
     def __init__(self, path: Path):
-        self._process = subprocess.Popen(
-            [sys.executable, openslide_worker.__file__, path.absolute()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run, which finishes what is in flight
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, openslide_worker.__file__, path.absolute()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the run, which finishes what is in flight
+            )
+        except OSError as error:
+            raise ImageError(f"OpenSlide cannot be started ({error.strerror})", where=path) from error
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
@@ -176,8 +179,10 @@ class OpenSlideSource(SegmentedSource):
         return pixels
 
     def close(self) -> None:
-        super().close()
-        self._workers.close()
+        try:
+            super().close()
+        finally:
+            self._workers.close()
 
 
 def _number(text: str | None) -> float:

@@ -71,18 +71,19 @@ def _open_tiff(content: Content) -> Levels:
     """By our own reader, which gives each level's pixels as they are stored; else by OpenSlide."""
     try:
         file = tiff_slide.open_pages(content)
-        first = file.pages.first
-        other = tiff_slide.vendor(first)
-        pages = tiff_slide.level_pages(file)
-        mpp = tiff_slide.stated_mpp(first)
     except DECODE_ERRORS as error:
         reason = str(error).strip() or type(error).__name__
         raise ImageError(
             f"damaged TIFF data ({reason[:200]})", where=content.path, fix="copy or export it again"
         ) from error
+    first = file.pages.first
+    try:
+        other, pages, mpp = tiff_slide.vendor(first), tiff_slide.level_pages(file), tiff_slide.stated_mpp(first)
+        slide = len(pages) > 1 or first.is_svs
+    except DECODE_ERRORS:  # odd tags, which need not keep the pixels from being read
+        other, pages, mpp, slide = None, [first], None, False
     if other is None:
         try:
-            slide = len(pages) > 1 or first.is_svs
             return [TiffSource(content, page, slide=slide) for page in pages], mpp
         except ImageError as error:
             refused = error

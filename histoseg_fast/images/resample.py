@@ -64,8 +64,12 @@ class Resampler:
         self._ends = np.minimum(last, source.height)
         self._step = max(1, int(BLOCK_BYTES / (source.width * 3 * scale[0])))
 
-    def read(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]]) -> None:
-        """Fill `columns` of `out`, uint8 (y1 - y0, width, 3) of packed pixels. Raises what the source raises."""
+    def read(self, y0: int, y1: int, out: np.ndarray, columns: Sequence[tuple[int, int]] | None = None) -> None:
+        """Fill `out`, uint8 (y1 - y0, width, 3) of packed pixels, or `columns` of it, with these rows.
+
+        Raises what the source raises.
+        """
+        columns = ((0, len(self._columns.first)),) if columns is None else columns
         taps = self._columns.weights.shape[1]
         spans = _joined(
             (int(self._columns.first[first]), min(int(self._columns.first[end - 1]) + taps, self._source.width))

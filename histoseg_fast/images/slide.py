@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class SlideSource(ImageSource):
             if min(scale) >= 1 or source is self._levels[0]:
                 break
         out = np.empty((height, width, 3), np.uint8)
-        Resampler(source, height, width, scale).read(0, height, out, ((0, width),))
+        Resampler(source, height, width, scale).read(0, height, out)
         return out
 
     def _pixels_of(self, source: ImageSource, step: int) -> tuple[float, float]:
@@ -165,5 +166,6 @@ class SlideSource(ImageSource):
         )
 
     def close(self) -> None:
-        for level in self._levels:
-            level.close()
+        with contextlib.ExitStack() as stack:
+            for level in self._levels:
+                stack.callback(level.close)

@@ -188,9 +188,6 @@ class Stream:
         job = Job(source, image, grid, self.outputs, number, started=started)
         job.seconds["read"] += time.perf_counter() - started
         try:
-            if image.slide:
-                with _Timer(job, "read"):
-                    job.look_for_glass()
             if image.width * image.height > BIG_IMAGE_PIXELS:
                 with self._big:
                     self._read_bands(job)
@@ -206,6 +203,9 @@ class Stream:
         """Fill the job's tiles in raster order, glass left out; a single tile is decoded straight into its slot."""
         grid = job.grid
         height, width = grid.tile_shape
+        if job.image.slide:
+            with _Timer(job, "read"):
+                job.look_for_glass()
         if not job.rows:
             job.image.close()
             return self._put(self._queue(job), (job, job.glass_band()))

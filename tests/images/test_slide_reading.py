@@ -290,6 +290,22 @@ def test_openslide_that_dies_costs_its_slide(tmp_path):
     image.close()
 
 
+def test_no_process_outlives_a_slide_that_changed(tmp_path):
+    path = write_philips(tmp_path / "a.tiff", noise(64, 64))
+    image = open_image(path)
+    path.unlink()
+    with pytest.raises(ImageError, match="changed while it was read"):
+        image.close()
+    assert all(worker._process.poll() is not None for worker in image._source._workers._all)
+
+
+def test_odd_tags_cost_no_pixels(tmp_path):
+    plain = noise(20, 30)
+    tags = [(296, 3, 3, (9, 9, 9), False), (282, 3, 1, 0, False), (305, 3, 1, 7, False)]
+    tifffile.imwrite(tmp_path / "a.tif", plain, photometric="rgb", metadata=None, software=False, extratags=tags)
+    np.testing.assert_array_equal(read(tmp_path / "a.tif"), plain)
+
+
 def test_openslide_in_several_processes_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "PARALLEL_PIXELS", 0)
     monkeypatch.setattr(segments, "available_cores", lambda: 3)
