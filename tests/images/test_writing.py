@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from histoseg_fast.errors import ImageError
-from histoseg_fast.images import MaskWriter, OverlayWriter, ProbabilityWriter, open_image, writing
+from histoseg_fast.images import (
+    GeojsonWriter,
+    MaskWriter,
+    OutlineOptions,
+    OverlayWriter,
+    ProbabilityWriter,
+    open_image,
+    writing,
+)
 
 PALETTE = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
 RNG = np.random.default_rng(3)
@@ -43,19 +51,21 @@ def leftovers(folder):
 def make(kind, path, width, height):
     if kind == "mask":
         return MaskWriter(path, width, height, PALETTE)
+    if kind == "geojson":
+        return GeojsonWriter(path, width, height, NAMES, PALETTE, OutlineOptions(0))
     return OverlayWriter(path, width, height) if kind == "overlay" else ProbabilityWriter(path, width, height, NAMES)
 
 
 def rows_for(kind, width, height):
     classes = class_map(height, width)
-    if kind == "mask":
+    if kind in ("mask", "geojson"):
         return classes, 0
     if kind == "overlay":
         return PALETTE[classes], 0
     return RNG.integers(0, 256, (3, height, width), dtype=np.uint8), 1
 
 
-KINDS = ["mask", "overlay", "probabilities"]
+KINDS = ["mask", "overlay", "geojson", "probabilities"]
 
 
 # ---------------------------------------------------------------------------------------------------------- masks
