@@ -116,7 +116,16 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     rng = np.random.default_rng(0)
     for i in range(40):
         write_png(tmp_path / "in" / f"{i:02}.png", rng.integers(0, 256, (130, 150, 3), np.uint8))
-    arguments = ("infer", tmp_path / "in", "--engine", tiny_plan_path, "--overlay", "--probabilities", "--out")
+    arguments = (
+        "infer",
+        tmp_path / "in",
+        "--engine",
+        tiny_plan_path,
+        "--overlay",
+        "--geojson",
+        "--probabilities",
+        "--out",
+    )
     with small_disk(tmp_path / "disk"):
         out = tmp_path / "disk" / "out"
         run = run_command(*arguments, out)

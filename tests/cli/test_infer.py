@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,13 +44,14 @@ def infer(tiny_plan_path: Path, monkeypatch: pytest.MonkeyPatch) -> Infer:
 def test_a_run_and_all_that_it_leaves(infer: Infer, tmp_path: Path, tiny_plan_path: Path, capsys) -> None:
     make_pictures(tmp_path / "in", 3)
     out = tmp_path / "out"
-    arguments = ("--overlay", "--probabilities", "--threads", 1, "--batch", 2, "--precision", "fp32")
+    arguments = ("--overlay", "--geojson", "--probabilities", "--threads", 1, "--batch", 2, "--precision", "fp32")
     assert infer(tmp_path / "in", *arguments, out=out) == 0
     said = capsys.readouterr()
     assert "3 done, 0 failed, 0 skipped" in said.out and said.out.count("\n") == 1
     assert "3 image(s) on cpu: OpenVINO" in said.err
     names = [f"image_{i:03}" for i in range(3)]
     wanted = {f"masks/{n}.png" for n in names} | {f"overlays/{n}.jpg" for n in names}
+    wanted |= {f"geojson/{n}.geojson" for n in names}
     assert set(results(out)) == wanted | {f"probabilities/{n}.tif" for n in names} | {"summary.csv"}
     record = json.loads((out / "run.json").read_text())
     assert record["arguments"]["inputs"] == [str(tmp_path / "in")]
@@ -69,7 +71,7 @@ def test_options_of_speed_change_no_byte(infer: Infer, tmp_path: Path) -> None:
     variants = [(), ("--tile", 40, "--batch", 3), ("--threads", 1, "--tile", 64)]
     outs = [tmp_path / f"out{i}" for i in range(len(variants))]
     for out, variant in zip(outs, variants, strict=True):
-        assert infer(tmp_path / "in", "--precision", "fp32", "--overlay", *variant, out=out) == 0
+        assert infer(tmp_path / "in", "--precision", "fp32", "--overlay", "--geojson", *variant, out=out) == 0
     assert results(outs[0]) == results(outs[1]) == results(outs[2])
 
 
@@ -92,6 +94,13 @@ def test_a_second_run_does_only_what_must_be_done(infer: Infer, tmp_path: Path, 
     assert counts() == (0, 4) and results(out) == first  # this plan records none
     assert counts("--overlay") == (4, 0)
     assert counts("--overlay") == (0, 4)
+    assert counts("--geojson", "--min-area", 9) == (4, 0)
+    assert counts("--geojson", "--min-area", 9) == (0, 4)
+    (out / "geojson" / "image_001.geojson").unlink()
+    assert counts("--geojson", "--min-area", 9) == (1, 3)
+    assert counts("--geojson", "--min-area", 9, "--exact-outlines") == (4, 0)
+    assert counts("--overlay") == (4, 0)
+    shutil.rmtree(out / "geojson")  # of options that are no longer asked for
     (out / "overlays" / "image_001.jpg").write_bytes(b"")
     (out / "masks" / "image_002.png").unlink()
     write_png(paths[3], picture(9, 20, 20))

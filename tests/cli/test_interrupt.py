@@ -24,7 +24,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_plan_path: Path) -> tup
     """Arguments of a run that takes a while, and the folder of one that was left alone."""
     folder = tmp_path_factory.mktemp("interrupt")
     make_pictures(folder / "in", IMAGES, 400, 420)  # several bands each: a stop falls inside an image
-    arguments = ["infer", folder / "in", "--engine", tiny_plan_path, "--overlay", "--probabilities", "--out"]
+    arguments = [
+        "infer",
+        folder / "in",
+        "--engine",
+        tiny_plan_path,
+        "--overlay",
+        "--geojson",
+        "--probabilities",
+        "--out",
+    ]
     assert run_command(*arguments, folder / "plain").returncode == 0
     return arguments, folder / "plain"
 

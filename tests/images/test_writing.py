@@ -17,7 +17,9 @@ from PIL import Image
 
 from histoseg_fast.errors import ImageError
 from histoseg_fast.images import (
+    GeojsonWriter,
     MaskWriter,
+    OutlineOptions,
     OverlayWriter,
     OverviewWriter,
     ProbabilityWriter,
@@ -56,19 +58,21 @@ def make(kind, path, width, height):
         return PyramidWriter(path, width, height, PAPER_PALETTE)
     if kind == "overview":
         return OverviewWriter(path, width, height, PAPER_PALETTE, 90, 1, None)
+    if kind == "geojson":
+        return GeojsonWriter(path, width, height, NAMES, PALETTE, OutlineOptions(0))
     return OverlayWriter(path, width, height) if kind == "overlay" else ProbabilityWriter(path, width, height, NAMES)
 
 
 def rows_for(kind, width, height):
     classes = class_map(height, width)
-    if kind in ("mask", "pyramid", "overview"):
+    if kind in ("mask", "geojson", "pyramid", "overview"):
         return classes, 0
     if kind == "overlay":
         return PALETTE[classes], 0
     return RNG.integers(0, 256, (3, height, width), dtype=np.uint8), 1
 
 
-KINDS = ["mask", "overlay", "probabilities", "pyramid", "overview"]
+KINDS = ["mask", "overlay", "geojson", "probabilities", "pyramid", "overview"]
 
 
 # ---------------------------------------------------------------------------------------------------------- masks

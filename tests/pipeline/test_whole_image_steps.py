@@ -14,7 +14,7 @@ from running import FakeEngine, entries, make_pictures, picture, results, run_st
 
 from histoseg_fast import _core, postprocess
 from histoseg_fast.engines import Engine, open_engine, run_tiled
-from histoseg_fast.images import MaskWriter, OverlayWriter, write_png
+from histoseg_fast.images import GeojsonWriter, MaskWriter, OutlineOptions, OverlayWriter, write_png
 from histoseg_fast.pipeline.job import OVERLAY_ALPHA
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import CrfOptions, PostProcessing
@@ -26,16 +26,18 @@ def engine(tiny_plan: Plan) -> Iterator[Engine]:
         yield opened
 
 
-def twin(ids: np.ndarray, rgb: np.ndarray, plan: Plan, folder: Path) -> tuple[bytes, bytes]:
-    """The bytes of mask and overlay, written in one go."""
+def twin(ids: np.ndarray, rgb: np.ndarray, plan: Plan, folder: Path) -> tuple[bytes, bytes, bytes]:
+    """The bytes of mask, overlay and outlines, written in one go."""
     (height, width), colours = ids.shape, plan.palette.array
     mask, overlay = MaskWriter(folder / "twin.png", width, height, colours), OverlayWriter(folder / "t", width, height)
     mask.write_rows(ids)
     tinted = np.empty_like(rgb)
     _core.tint(rgb, ids, None, colours, OVERLAY_ALPHA, tinted)
     overlay.write_rows(tinted)
-    mask.finish(), overlay.finish()
-    return mask.path.read_bytes(), overlay.path.read_bytes()
+    outlines = GeojsonWriter(folder / "g", width, height, plan.palette.names, colours, OutlineOptions())
+    outlines.write_rows(ids)
+    mask.finish(), overlay.finish(), outlines.finish()
+    return mask.path.read_bytes(), overlay.path.read_bytes(), outlines.path.read_bytes()
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3)
@@ -63,16 +65,17 @@ def test_the_steps_are_those_of_the_whole_image(
         pictures = {f"{i}.png": picture(i, *size) for i, size in enumerate(sizes)}
         for file, rgb in pictures.items():
             write_png(folder / file, rgb)
-        options = {"stride": tiny_plan.stride, "halo": tiny_plan.halo, "overlay": True}
+        options = {"stride": tiny_plan.stride, "halo": tiny_plan.halo, "overlay": True, "geojson": OutlineOptions()}
         run_stream(engine, folder, plain, tile=128, **options)
         options |= {"tile": tile, "batch": batch, "readers": readers, "writers": writers, "postprocess": str(steps)}
         run_stream(engine, folder, out, **options)
         lines, before = entries(out), entries(plain)
         for file, rgb in pictures.items():
             ids = steps.apply(rgb, run_tiled(engine, tiny_plan, rgb)).ids
-            mask, overlay = twin(ids, rgb, tiny_plan, Path(name))
+            mask, overlay, outlines = twin(ids, rgb, tiny_plan, Path(name))
             assert (out / "masks" / file).read_bytes() == mask
             assert (out / "overlays" / file).with_suffix(".jpg").read_bytes() == overlay
+            assert (out / "geojson" / file).with_suffix(".geojson").read_bytes() == outlines
             counts = {name: int((ids == i).sum()) for i, name in enumerate(tiny_plan.palette.names)}
             assert lines[file]["pixels"] == counts and lines[file]["warnings"] == []
             assert lines[file]["mean_confidence"] == before[file]["mean_confidence"]  # the network's own
