@@ -31,23 +31,23 @@ TILE = 512
 VARIANTS = 8
 """Different tiles of tissue and of glass; a slide is made of these."""
 STEPS = 16, 64
-PATCHES = 12
-"""Round patches of tissue, all of one size."""
+PATCHES = 3
+"""Round patches of tissue, all of one size: a slide bears a few sections."""
 MPP = 0.5
 
 
 def tissue_map(side: int, share: float, seed: int = 0) -> np.ndarray:
-    """bool, one a tile: patches of tissue that cover about `share` of the slide."""
+    """bool, one a tile: patches of tissue side by side that cover `share` of the slide, or a little less."""
     count = -(-side // TILE)
     rng = np.random.default_rng(seed)
     y, x = np.ogrid[:count, :count]
     tissue = np.zeros((count, count), bool)
-    radius = count * np.sqrt(share / (np.pi * PATCHES)) * 1.1
-    for _ in range(PATCHES * 8):
-        if tissue.mean() >= share:
-            break
-        top, left = rng.uniform(radius, max(count - radius, radius + 1), 2)
-        tissue |= (y + 0.5 - top) ** 2 + (x + 0.5 - left) ** 2 <= radius**2
+    radius, placed = count * np.sqrt(share / (np.pi * PATCHES)), 0
+    for _ in range(1000):
+        top, left = rng.uniform(radius, count - radius, 2)
+        patch = (y + 0.5 - top) ** 2 + (x + 0.5 - left) ** 2 <= radius**2
+        if placed < PATCHES and not (tissue & patch).any():
+            tissue, placed = tissue | patch, placed + 1
     return tissue
 
 
