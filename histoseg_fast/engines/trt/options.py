@@ -10,7 +10,9 @@ from histoseg_fast.errors import UsageError
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import padded_length
 
-PRECISIONS = ("fp16", "fp32")
+EIGHT_BITS = {"int8": (7, 5), "fp8": (8, 9)}
+"""Precisions that round by the plan's ranges, and the least compute capability of the GPUs that have them."""
+PRECISIONS = ("fp16", "fp32", *EIGHT_BITS)
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
 """`--hardware-compatible` and what TensorRT calls it."""
 WHOLE_IMAGE = (720, 1128)
