@@ -64,9 +64,7 @@ def typed_model(model: bytes, precision: str, ranges: Ranges | None = None) -> T
     chosen = choose_layers(_layers(graph, half), ranges, precision) if precision in EIGHT_BITS else {}
     rounded = {layer.node.name for layer in chosen.values()}
     convolutions = {
-        node.name: Convolution(
-            node.output[0], precision if node.name in rounded else "fp16" if i in half else "fp32"
-        )
+        node.name: Convolution(node.output[0], precision if node.name in rounded else "fp16" if i in half else "fp32")
         for i, node in enumerate(graph.nodes)
         if node.op_type in _CONVOLUTIONS
     }

@@ -135,5 +135,3 @@ def _eight_bits(values: np.ndarray, precision: str) -> np.ndarray:
     from ml_dtypes import float8_e4m3fn
 
     return cut.astype(np.float32).astype(float8_e4m3fn)
-
-
