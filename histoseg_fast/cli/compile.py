@@ -19,7 +19,7 @@ def command(
     out: Path = typer.Option(..., "-o", "--out", help="The plan file to write."),
     precision: str = typer.Option(
         "auto",
-        help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16, int8, or fp16 and fp8 on a GPU.",
+        help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16, int8; on GPUs fp16, fp8.",
     ),
     calibrate: Path = typer.Option(
         None, metavar="DIR", help="Images, or a data folder: adds int8, calibrates probabilities, measures precisions."

@@ -180,8 +180,8 @@ def compile_onnx(
     """Compile an ONNX network of the user's own (see `read_onnx`) to the plan file `out` and return it.
 
     `palette` names its classes in the order of its logits. Halo and stride are found from its graph; a network with an
-    operator that looks at the whole image has none, and is refused. It runs in 16 bits or more: ranges are chosen for the
-    package's own architectures alone. Raises what `compile_plan` does.
+    operator that looks at the whole image has none, and is refused. It runs in 16 bits or more: ranges are chosen for
+    the package's own architectures alone. Raises what `compile_plan` does.
     """
     check_precision(options.precision)
     if options.precision in EIGHT_BITS:

@@ -26,8 +26,9 @@ def add_engine(
 ) -> Plan:
     """Build the engine of `plan` (a file) for this GPU, measure it on the calibration images, write it into the file.
 
-    The figures of its precision go into the manifest, and a line says whether they pass its gate. Raises EngineError where it cannot be built, its convolutions
-    do not run in that precision or its logits are not finite; the file stays as it is then.
+    The figures of its precision go into the manifest, and a line says whether they pass the gate. Raises EngineError
+    where it cannot be built, its convolutions do not run in that precision or its logits are not finite; the file stays
+    as it is then. Raises PlanError where the plan lacks the ranges that the precision needs.
     """
     assert plan.path is not None
     measured: dict[str, Any] = {}

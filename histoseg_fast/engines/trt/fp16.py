@@ -226,7 +226,7 @@ def _write(graph: _Graph, nodes: list[onnx.NodeProto]) -> None:
     del proto.node[:], proto.initializer[:], proto.value_info[:]
     proto.node.extend(copies)
     proto.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(value), name)
+        numpy_helper.from_array(np.asarray(value, order="C"), name)
         for name, value in graph.constants.items()
         if name in used
     )
