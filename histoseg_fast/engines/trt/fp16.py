@@ -80,7 +80,8 @@ def typed_model(model: bytes, precision: str, ranges: Ranges | None = None) -> T
 def _fold(proto: onnx.GraphProto) -> _Graph:
     """Constants by name; Constant nodes and casts of constants (weights stored as fp16, say) become constants."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.initializer}
-    nodes, origins = [], {}
+    nodes: list[onnx.NodeProto] = []
+    origins: dict[str, str] = {}
     for node in proto.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)

@@ -115,8 +115,7 @@ def _dequantised_weights(layer: Layer, constants: dict[str, np.ndarray], precisi
     constants[f"{name}.scale"] = scale
     constants[f"{name}.zero"] = _eight_bits(np.zeros(scale.shape, np.float32), precision)
     inputs = [name, f"{name}.scale", f"{name}.zero"]
-    more = {"axis": 0} if by_channel else {}
-    return helper.make_node("DequantizeLinear", inputs, [f"{name}.rounded"], name=f"{name}.dq", **more)
+    return helper.make_node("DequantizeLinear", inputs, [f"{name}.rounded"], name=f"{name}.dq", axis=0)
 
 
 def _scale(limit: np.ndarray, precision: str) -> np.ndarray:
