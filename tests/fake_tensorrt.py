@@ -13,20 +13,31 @@ import json
 import types
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 FAULTS = {
     "no builder",
     "build returns None",
     "deserialise returns None",
     "fp32 kernels",
+    "unfused",
     "no details",
     "timing cache of another GPU",
     "interrupted",
 }
-TYPES = {TensorProto.FLOAT: "Float", TensorProto.FLOAT16: "Half"}
-FORMATS = {"Float": "Row major linear FP32", "Half": "Channel major FP16 format where channel % 8 == 0"}
+TYPES = {
+    **{TensorProto.FLOAT: "Float", TensorProto.FLOAT16: "Half"},
+    **{TensorProto.INT8: "Int8", TensorProto.FLOAT8E4M3FN: "FP8"},
+}
+FORMATS = {
+    "Float": "Row major linear FP32",
+    "Half": "Channel major FP16 format where channel % 8 == 0",
+    "Int8": "Thirty-two wide channel vectorized row major Int8 format",
+    "FP8": "Channel major FP8 format where channel % 16 == 0",
+}
+EIGHT_BITS = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 
 
 def fake_tensorrt(version: str = "11.4.0.106", gpu: str = "NVIDIA H200") -> Any:
@@ -172,6 +183,9 @@ def _objects(trt: Any) -> dict[str, Any]:
                 self._logger.log(trt.ILogger.Severity.WARNING, "Tactic Device request: 4 GiB. Device memory: 1 GiB")
                 self._logger.log(trt.ILogger.Severity.ERROR, "Could not find any implementation\nfor node_conv2d")
                 return None
+            if name := _without_kernel(network.model):
+                self._logger.log(trt.ILogger.Severity.ERROR, f"Could not find any implementation for node {name}")
+                return None
             if config.timing is not None:
                 config.timing.content = b"timings"
             return _serialise(trt, network.model, config)
@@ -225,12 +239,29 @@ def _report_progress(trt: Any, monitor: Any) -> bool:
 
 
 def _what_tensorrt_rejects(model: onnx.ModelProto) -> list[str]:
-    """uint8 may be the network's input and nothing else, and a strongly typed layer has inputs of one type."""
+    """uint8 may be the network's input and nothing else, and a strongly typed layer has inputs of one type.
+
+    A Q takes data and scale of one type and gives its zero point's, which is 0; a DQ gives its scale's. Scales are
+    positive, one or as many as the tensor has channels on the axis.
+    """
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     kinds[model.graph.input[0].name] = model.graph.input[0].type.tensor_type.elem_type
     for node in model.graph.node:
         if node.op_type == "Cast":
             kinds[node.output[0]] = node.attribute[0].i
+            continue
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            data, scale, zero = node.input
+            eight, axis = kinds[zero], next((a.i for a in node.attribute if a.name == "axis"), 1)
+            taken, given = (scale, zero) if node.op_type == "QuantizeLinear" else (zero, scale)
+            if eight not in EIGHT_BITS or kinds[data] != kinds[taken] or values[zero].astype(np.float32).any():
+                return [f"In node {node.name}: types of data, scale and zero point do not fit"]
+            if values[scale].shape != values[zero].shape or not (values[scale] > 0).all():
+                return [f"In node {node.name}: Scale coefficients must all be positive, one a zero point"]
+            if values[scale].ndim and values[scale].shape != (values[data].shape[axis],):
+                return [f"In node {node.name}: The number of scales is not equal to the number of output channels"]
+            kinds[node.output[0]] = kinds[given]
             continue
         found = {kinds[name] for i, name in enumerate(node.input) if name and not (node.op_type == "Resize" and i)}
         if TensorProto.UINT8 in found:
@@ -241,8 +272,28 @@ def _what_tensorrt_rejects(model: onnx.ModelProto) -> list[str]:
     return [] if kinds[model.graph.output[0].name] == TensorProto.FLOAT else ["output is not float"]
 
 
+def _without_kernel(model: onnx.ModelProto) -> str:
+    """The first convolution in 8 bits that TensorRT has no kernel for, or ""."""
+    made = {node.output[0]: node for node in model.graph.node}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        dequantise = made.get(node.input[1]) if node.op_type in ("Conv", "ConvTranspose") else None
+        if dequantise is None:
+            continue
+        weights, scale = (tensors[name] for name in dequantise.input[:2])
+        fp8 = weights.data_type == TensorProto.FLOAT8E4M3FN
+        if node.op_type == "ConvTranspose" and (fp8 or scale.dims):
+            return node.name
+        if fp8 and any(count % 16 for count in weights.dims[:2]):
+            return node.name
+    return ""
+
+
 def _serialise(trt: Any, model: onnx.ModelProto, config: BuilderConfig) -> bytes:
     kinds = {tensor.name: TYPES[tensor.data_type] for tensor in model.graph.initializer if tensor.data_type in TYPES}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in kinds:
+            kinds[node.output[0]] = "Half" if "unfused" in trt.faults else kinds[node.input[0]]
     layers: list[dict[str, Any]] = []
     for node in model.graph.node:
         if node.op_type not in ("Conv", "ConvTranspose"):

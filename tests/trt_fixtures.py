@@ -39,6 +39,7 @@ class Machine:
         library.log.clear()
         for module in (prepare, gpu_module):
             self._patch.setattr(module, "current_gpu", lambda: self.gpu)
+        self._patch.setattr(gpu_module, "gpu_at", lambda index: self.gpu)
         return self.trt
 
     def prepare(self, plan: Any, options: Any = None, **more: Any) -> prepare.Prepared:

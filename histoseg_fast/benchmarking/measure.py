@@ -16,7 +16,7 @@ from histoseg_fast.benchmarking.gpus import GpuWatch
 from histoseg_fast.benchmarking.runs import EngineAlone, Shape, Stopwatch, StreamRun, Work, batches, run_stream
 from histoseg_fast.benchmarking.sweep import sweep
 from histoseg_fast.benchmarking.verdict import judge, warn
-from histoseg_fast.engines import GPU_PRECISIONS, check_precision, choose_gpu_precision, choose_precision
+from histoseg_fast.engines import check_precision, choose_gpu_precision, choose_precision, gpu_precisions
 from histoseg_fast.engines.devices import choose_gpus
 from histoseg_fast.errors import HistosegError, ImageError
 from histoseg_fast.images import read_image
@@ -112,10 +112,13 @@ def wanted_precisions(plan: Plan, options: BenchOptions) -> list[str]:
             check_precision(name)
             found[name] = None
             continue
-        on_gpu = bool(choose_gpus(options.infer.device, lambda line: None)[0])
-        choose, every = (choose_gpu_precision, GPU_PRECISIONS) if on_gpu else (choose_precision, cpu_precisions()[::-1])
-        here = [p for p in every if p != "int8" or plan.ranges is not None]
-        found |= dict.fromkeys([choose(plan, "auto"), *here])
+        indices, library = choose_gpus(options.infer.device, lambda line: None)
+        if indices:
+            first, here = choose_gpu_precision(plan, "auto", indices, library), gpu_precisions(plan, indices, library)
+        else:
+            first = choose_precision(plan, "auto")
+            here = tuple(p for p in cpu_precisions()[::-1] if p != "int8" or plan.ranges is not None)
+        found |= dict.fromkeys([first, *here])
     return list(found)
 
 

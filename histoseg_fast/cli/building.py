@@ -71,14 +71,14 @@ class EngineRequest:
     workspace_gib: float
 
     def check(self) -> None:
-        """Fail before anything slow is done: unknown options, no TensorRT, no GPU."""
+        """Fail before anything slow is done: unknown options, no TensorRT, no GPU, or one without the precision."""
         from histoseg_fast.engines.trt.gpu import current_gpu
         from histoseg_fast.engines.trt.library import tensorrt
-        from histoseg_fast.engines.trt.options import BuildOptions
+        from histoseg_fast.engines.trt.options import BuildOptions, check_card
 
-        BuildOptions(1, 1, 1, **self._options())
+        options = BuildOptions(1, 1, 1, **self._options())
         tensorrt()
-        current_gpu()
+        check_card(options.precision, current_gpu())
 
     def add_to(self, plan: Plan, calibrate: Path | None, tolerance: float) -> None:
         """Build the engine, measure it on the images of `calibrate`, write it into the plan's file."""
@@ -97,8 +97,10 @@ class EngineRequest:
             raise EngineError(error.what, where=error.where, fix="; ".join(filter(None, (error.fix, done)))) from error
 
     def _options(self) -> dict[str, Any]:
+        from histoseg_fast.engines.trt.options import PRECISIONS
+
         return {
-            "precision": "fp32" if self.precision == "fp32" else "fp16",
+            "precision": self.precision if self.precision in PRECISIONS else "fp16",
             "hardware": self.hardware,
             "version_compatible": self.version_compatible,
             "workspace_gib": self.workspace_gib,

@@ -19,7 +19,7 @@ def command(
     out: Path = typer.Option(..., "-o", "--out", help="The plan file to write."),
     precision: str = typer.Option(
         "auto",
-        help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16, int8, or fp16 on a GPU.",
+        help="What the plan runs in: auto (the fastest that passes the gate), fp32, bf16, int8; on GPUs fp16, fp8.",
     ),
     calibrate: Path = typer.Option(
         None, metavar="DIR", help="Images, or a data folder: adds int8, calibrates probabilities, measures precisions."
@@ -40,7 +40,7 @@ def command(
     mpp: float = typer.Option(
         None, help="Micrometres a pixel that the network was trained at: what infer reads slides at."
     ),
-    tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU (fp16)."),
+    tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU."),
     hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
     workspace: float = typer.Option(4.0, metavar="GIB", help=WORKSPACE_HELP),

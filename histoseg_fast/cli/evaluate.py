@@ -18,7 +18,7 @@ def command(
     data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and, if there, split.csv."),
     engine: str = typer.Option("fast", help="A plan, a checkpoint (.safetensors), or a shipped plan's name."),
     split: str = typer.Option("", help="train, val or test (default: every image)."),
-    precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on a GPU fp16 or fp32."),
+    precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on GPUs fp16, fp32, int8, fp8."),
     tolerance: float = typer.Option(0.0, min=0.0, help="How far a label colour may be from the palette's (RGB)."),
     postprocess: str = typer.Option(
         "plan",

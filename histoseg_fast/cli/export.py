@@ -26,7 +26,7 @@ def command(
     platform: str = typer.Option(
         "onnx", help="What Triton runs: onnx (any machine) or tensorrt (an engine for this GPU)."
     ),
-    precision: str = typer.Option("fp16", help="Of an engine: fp16 or fp32."),
+    precision: str = typer.Option("fp16", help="Of an engine: fp16, fp32, int8 or fp8."),
     batch: int = typer.Option(0, min=0, max=1024, help="Most images or tiles in a batch (0: 4, or fewer large ones)."),
     tile: int = typer.Option(0, min=0, help="Longest side an engine takes, in pixels (0: the plan's tile)."),
     hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),

@@ -22,7 +22,7 @@ from histoseg_fast.labels import Palette
 from histoseg_fast.models.base import Network
 from histoseg_fast.models.network import UInt8Network
 from histoseg_fast.pipeline.sources import find_sources
-from histoseg_fast.plan import Plan, Ranges
+from histoseg_fast.plan import DEFAULT_GATE, Plan, Ranges
 from histoseg_fast.synthetic import make_field
 from histoseg_fast.tiling import pad_to_stride
 
@@ -219,6 +219,13 @@ def _speed(engine: Any, plan: Plan) -> float:
         run_tiled(engine, plan, field)
         seconds.append(time.perf_counter() - started)
     return field.shape[0] * field.shape[1] / 1e6 / min(seconds[1:])
+
+
+def verdict(plan: Plan, precision: str) -> str:
+    """Whether the figures of `precision` pass the plan's gate, as a line."""
+    gate = plan.manifest.get("gate", DEFAULT_GATE)
+    asked = f"{gate['agreement']:.1%} agreement, {100 * gate['mean_iou']:g} points of mIoU"
+    return f"{precision} {'passes' if plan.passes(precision) else 'fails'} the gate of {asked}"
 
 
 def _line(precision: str, found: dict[str, Any]) -> str:

@@ -19,11 +19,13 @@ from histoseg_fast.compiling.calibrate import (
     load_calibration,
     measure_precisions,
     scale_logits,
+    verdict,
 )
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.foreign import Normalisation, read_onnx
 from histoseg_fast.compiling.halo import measure
 from histoseg_fast.engines import check_precision
+from histoseg_fast.engines.trt.options import EIGHT_BITS
 from histoseg_fast.errors import LabelError, PlanError, UsageError
 from histoseg_fast.labels import Palette
 from histoseg_fast.machine import cpu_precisions
@@ -144,11 +146,11 @@ def compile_plan(
     (see `load_calibration` for what the folder may be). Every precision that this CPU runs is compared with fp32 on
     images that set no ranges; the figures go into the manifest, where `auto` reads them.
     Raises PlanError for a checkpoint that is none; ImageError, LabelError and DataError for the calibration folder;
-    UsageError for a folder without images, and for int8 without a folder.
+    UsageError for a folder without images, and for int8 and fp8 without a folder.
     """
     check_precision(options.precision)
-    if options.precision == "int8" and calibrate is None:
-        raise UsageError("int8 takes its ranges from images", fix="--calibrate DIR")
+    if options.precision in EIGHT_BITS and calibrate is None:
+        raise UsageError(f"{options.precision} takes its ranges from images", fix="--calibrate DIR")
     network, description = load_network(checkpoint)
     palette = Palette(tuple(description["classes"]), tuple(tuple(colour) for colour in description["colours"]))
     calibration = load_calibration(calibrate, palette, options.tolerance)
@@ -178,12 +180,12 @@ def compile_onnx(
     """Compile an ONNX network of the user's own (see `read_onnx`) to the plan file `out` and return it.
 
     `palette` names its classes in the order of its logits. Halo and stride are found from its graph; a network with an
-    operator that looks at the whole image has none, and is refused. It runs in floating point: int8 ranges are chosen
-    for the package's own architectures alone. Raises what `compile_plan` does.
+    operator that looks at the whole image has none, and is refused. It runs in 16 bits or more: ranges are chosen for
+    the package's own architectures alone. Raises what `compile_plan` does.
     """
     check_precision(options.precision)
-    if options.precision == "int8":
-        raise UsageError("an ONNX network runs in floating point", fix="--precision auto, fp32, bf16 or fp16")
+    if options.precision in EIGHT_BITS:
+        raise UsageError("an ONNX network runs in 16 bits or more", fix="--precision auto, fp32, bf16 or fp16")
     source = Path(source)
     calibration = load_calibration(calibrate, palette, options.tolerance)
     description = {
@@ -216,10 +218,6 @@ def _finish(
     measured = measure_precisions(plan, candidates, calibration, report)
     plan = write_plan(out, {**plan.manifest, "precisions": measured}, plan.members)
     for precision in candidates[1:]:
-        report(f"{precision} {'passes' if plan.passes(precision) else 'fails'} the gate of {_gate(options.gate)}")
+        report(verdict(plan, precision))
     report(f"{out}: {Path(out).stat().st_size / 2**20:.1f} MiB, sha256 {plan.sha256[:12]}")
     return plan
-
-
-def _gate(gate: Mapping[str, float]) -> str:
-    return f"{gate['agreement']:.1%} agreement, {100 * gate['mean_iou']:g} points of mIoU"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from histoseg_fast.compiling.calibrate import Calibration
+from histoseg_fast.compiling.calibrate import Calibration, verdict
 from histoseg_fast.engines import Engine, open_engine, run_tiled
 from histoseg_fast.engines.trt import check as checking
 from histoseg_fast.engines.trt.build import Progress
 from histoseg_fast.engines.trt.member import member_name, with_engine
-from histoseg_fast.engines.trt.options import BuildOptions
+from histoseg_fast.engines.trt.options import BuildOptions, figures_key
 from histoseg_fast.engines.trt.prepare import Prepared, prepare
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.plan import Plan, write_plan
@@ -26,8 +26,9 @@ def add_engine(
 ) -> Plan:
     """Build the engine of `plan` (a file) for this GPU, measure it on the calibration images, write it into the file.
 
-    The figures of its precision go into the manifest. Raises EngineError where it cannot be built, its convolutions
-    do not run in that precision or its logits are not finite; the file stays as it is then.
+    The figures of its precision go into the manifest, and a line says whether they pass the gate. Raises EngineError
+    where it cannot be built, its convolutions do not run in that precision or its logits are not finite; the file stays
+    as it is then. Raises PlanError where the plan lacks the ranges that the precision needs.
     """
     assert plan.path is not None
     measured: dict[str, Any] = {}
@@ -46,9 +47,11 @@ def add_engine(
     manifest, members = with_engine(plan, info, prepared.data)
     if options.precision != "fp32":
         figures = {**measured, "measured_on": f"{calibration.source}, TensorRT {info.tensorrt} on {info.gpu.name}"}
-        manifest["precisions"] = {**manifest["precisions"], options.precision: figures}
+        manifest["precisions"] = {**manifest["precisions"], figures_key(options.precision): figures}
         report(f"{options.precision}: {measured['agreement']:.3%} of pixels as fp32 on {calibration.source}")
     written = write_plan(plan.path, manifest, members)
+    if options.precision != "fp32":
+        report(verdict(written, figures_key(options.precision)))
     report(f"{plan.path}: with {member_name(info)}, sha256 {written.sha256[:12]}")
     return written
 

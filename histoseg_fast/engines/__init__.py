@@ -10,17 +10,16 @@ import numpy as np
 from histoseg_fast.engines.base import Engine, Slot, Wants
 from histoseg_fast.engines.choice import fastest, speed
 from histoseg_fast.engines.devices import DEVICES, choose_gpus
+from histoseg_fast.engines.gpu_precision import GPU_PRECISIONS, choose_gpu_precision, gpu_precisions, refusal
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.plan import MAX_TILE, Plan
 from histoseg_fast.tiling import TileGrid, pad_to_stride
 
-__all__ = ["DEVICES", "PRECISIONS", "Engine", "Slot", "check_precision"]
-__all__ += ["choose_gpu_precision", "choose_precision", "open_engine", "over_tiles", "run_tiled"]
+__all__ = ["DEVICES", "PRECISIONS", "Engine", "Slot", "check_precision", "choose_gpu_precision", "choose_precision"]
+__all__ += ["gpu_precisions", "open_engine", "over_tiles", "run_tiled"]
 
-PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16")
-GPU_PRECISIONS = ("fp16", "fp32")
-"""What GPUs run; every other one is the CPU's alone."""
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "fp16", "fp8")
 
 
 def check_precision(name: str) -> None:
@@ -54,21 +53,6 @@ def _measure(plan: Plan, precision: str) -> float:
         return speed(engine, plan, run_tiled)
 
 
-def choose_gpu_precision(plan: Plan, wanted: str) -> str:
-    """What `wanted` means for this plan on a GPU; EngineError if no GPU runs it.
-
-    "auto" is fp16, unless the plan was compiled for fp32 or its own figures say that fp16 fails its gate.
-    """
-    check_precision(wanted)
-    if wanted == "auto":
-        fixed = plan.manifest["precision"]
-        failed = fixed != "fp16" and plan.agreement("fp16") is not None and not plan.passes("fp16")
-        return "fp32" if fixed == "fp32" or failed else "fp16"
-    if wanted not in GPU_PRECISIONS:
-        raise EngineError(f"GPUs run {' and '.join(GPU_PRECISIONS)}, not {wanted}", fix="use --device cpu")
-    return wanted
-
-
 def open_engine(
     plan: Plan,
     *,
@@ -80,7 +64,7 @@ def open_engine(
     batch: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """The best engine for `plan` on `device` (one of `DEVICES`; "auto": a GPU that can be used, else the CPU).
+    """The best engine for `plan` on `device` (one of `DEVICES`; "auto": a GPU that runs `precision`, else the CPU).
 
     `threads` bounds the CPU's (0: all cores this process may use), which run `streams` batches side by side; `tile`
     (0: the plan's) and `batch` (0: a few) are the largest tile and batch that it must take; `report` gets a line for
@@ -91,13 +75,16 @@ def open_engine(
     if device == "auto" and precision not in ("auto", *GPU_PRECISIONS):
         device = "cpu"
     indices, library = choose_gpus(device, report)
+    if device == "auto" and indices and precision != "auto" and (error := refusal(plan, precision, indices, library)):
+        report(f"going on with the CPU: {error}")
+        indices = ()
     if not indices:
         from histoseg_fast.engines.openvino import OpenVINOEngine
 
         return OpenVINOEngine(plan, choose_precision(plan, precision), threads, streams)
     from histoseg_fast.engines.several import SeveralEngines
 
-    precision = choose_gpu_precision(plan, precision)
+    precision = choose_gpu_precision(plan, precision, indices, library)
     opened: list[Engine] = []
     with contextlib.ExitStack() as stack:
         for index in indices:

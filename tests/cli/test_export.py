@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 from random_networks import checkpoint
-from trt_fixtures import spoiled
+from tiny_plans import tiny_manifest
+from trt_fixtures import A100, spoiled
 
 from histoseg_fast import cli
 from histoseg_fast.cli import building
 from histoseg_fast.engines.trt import gpu, library
-from histoseg_fast.plan import MODEL, read_plan
+from histoseg_fast.plan import MODEL, read_plan, write_plan
 
 
 @pytest.fixture
@@ -65,7 +66,11 @@ def test_engines_need_tensorrt(run, tiny_plan_path, tmp_path, no_tensorrt, optio
     [
         (("--format", "openvino"), "unknown format 'openvino'; choose one of onnx, triton, tensorrt"),
         (("--format", "triton", "--platform", "x"), "unknown platform 'x'"),
-        (("--format", "tensorrt", "--precision", "int8"), "unknown precision 'int8'"),
+        (("--format", "tensorrt", "--precision", "bf16"), "unknown precision 'bf16'"),
+        (
+            ("--format", "tensorrt", "--precision", "fp8", "--hardware-compatible", "ampere+"),
+            "no fp8 engine runs on Ampere GPUs; --hardware-compatible none or same-cc",
+        ),
         (("--format", "tensorrt", "--hardware-compatible", "x"), "choose one of none, ampere+, same-cc"),
         (("--format", "tensorrt", "--workspace", "0"), "a workspace of 0.0 GiB"),
     ],
@@ -106,6 +111,30 @@ def test_a_bare_engine(run, machine, tiny_plan_path, tmp_path):
     assert "none is in the cache" in err
     assert (tmp_path / "x.engine").read_bytes() == machine.prepare(read_plan(tiny_plan_path)).data
     assert run("export", tiny_plan_path, "-o", tmp_path / "y.engine", "--format", "tensorrt")[2] == ""
+
+
+def test_engines_in_8_bits(run, machine, tiny_plan, tiny_plan_path, tmp_path):
+    machine.run_engines()
+    options = ("--format", "tensorrt", "--precision", "int8")
+    code, _, err = run("export", tiny_plan_path, "-o", tmp_path / "x.engine", *options)
+    assert code == 1 and err.count("\n") == 1 and "compiled without ranges, which int8 needs" in err
+    path = tmp_path / "ranged.plan"
+    write_plan(path, tiny_manifest(int8={"inputs": {"b": 5.0}, "outputs": {}}), {MODEL: tiny_plan.members[MODEL]})
+    code, out, _ = run("export", path, "-o", tmp_path / "x.engine", *options)
+    assert code == 0 and "TensorRT 11.4.0.106, int8" in out
+    machine.install("11.4.0.106", A100)
+    code, _, err = run("export", path, "-o", tmp_path / "y.engine", "--format", "tensorrt", "--precision", "fp8")
+    assert code == 1 and "fp8 needs a GPU of compute capability 8.9 or newer, not NVIDIA A100 (sm80)" in err
+
+
+def test_compile_says_at_once_what_8_bits_lack(run, machine, tmp_path):
+    source = checkpoint(tmp_path / "c.safetensors", "two")
+    code, _, err = run("compile", source, "-o", tmp_path / "x.plan", "--precision", "fp8")
+    assert code == 2 and "fp8 takes its ranges from images; --calibrate DIR" in err
+    machine.install("11.4.0.106", A100)
+    options = ("--precision", "fp8", "--tensorrt", "--calibrate", tmp_path)
+    code, _, err = run("compile", source, "-o", tmp_path / "x.plan", *options)
+    assert code == 1 and "fp8 needs a GPU of compute capability 8.9" in err and not (tmp_path / "x.plan").exists()
 
 
 def test_a_triton_repository_with_an_engine(run, machine, tiny_plan_path, tmp_path):

@@ -10,9 +10,11 @@ from trt_fixtures import A100, spoiled
 
 from histoseg_fast.compiling.calibrate import Calibration
 from histoseg_fast.compiling.tensorrt import add_engine
+from histoseg_fast.engines import choose_gpu_precision, choose_precision
 from histoseg_fast.engines.trt.member import FIELD
 from histoseg_fast.engines.trt.options import BuildOptions
 from histoseg_fast.errors import EngineError
+from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.plan import MODEL, read_plan, write_plan
 
 NAME = "engines/sm90-11.4.0.106-fp16-NVIDIA_H200.engine"
@@ -112,3 +114,26 @@ def test_engines_for_several_machines_in_one_plan(machine, add, plan):
 def test_fp32_engines_say_nothing_of_fp16(machine, add, plan):
     added, _ = add(plan, options=BuildOptions.of(plan, precision="fp32"))
     assert set(added.manifest["precisions"]) == {"fp32"} and NAME.replace("fp16", "fp32") in added.manifest[FIELD]
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [(0, "passes"), (1, "fails")])
+def test_int8_figures_of_tensorrt_stand_beside_the_cpus(machine, add, tiny_plan, tmp_path, wrong, verdict):
+    measured = {"fp32": {"agreement": 1.0}, "int8": {"agreement": 0.997, "measured_on": "the CPU"}}
+    more = {"int8": {"inputs": {"b": 5.0, "up": 6.0}, "outputs": {}}, "gate": {"agreement": 0.9999, "mean_iou": 0.0}}
+    manifest = tiny_manifest(precision="int8", precisions=measured, **more)
+    plan = write_plan(tmp_path / "tiny.plan", manifest, {MODEL: tiny_plan.members[MODEL]})
+    options = BuildOptions.of(plan, precision="int8")
+    added, lines = add(plan, spoiled(1e4) if wrong else lambda logits: logits, options)
+    assert added.manifest["precisions"]["int8"] == measured["int8"]
+    figures = added.manifest["precisions"]["tensorrt-int8"]
+    assert (figures["agreement"] == 1.0) == (not wrong) and "TensorRT 11.4.0.106 on NVIDIA H200" in figures[
+        "measured_on"
+    ]
+    assert f"tensorrt-int8 {verdict} the gate of 100.0% agreement, 0 points of mIoU" in lines
+    assert added.manifest[FIELD][NAME.replace("fp16", "int8")]["convolutions"] == {"fp16": 1, "fp32": 1, "int8": 2}
+    assert choose_gpu_precision(added, "auto", (0,), "tensorrt") == ("fp16" if wrong else "int8")
+    assert choose_precision(added, "auto") == ("int8" if "int8" in cpu_precisions() else "fp32")
+
+
+def test_fp16_is_told_to_pass_or_to_fail(machine, add, plan):
+    assert "fp16 passes the gate of 99.5% agreement, 0.2 points of mIoU" in add(plan)[1]

@@ -8,11 +8,13 @@ import types
 
 import pytest
 from gpu_fixtures import gpu_here
+from tiny_plans import changed
 
 from histoseg_fast import engines
-from histoseg_fast.engines import choose_gpu_precision, devices, open_engine
+from histoseg_fast.engines import choose_gpu_precision, devices, gpu_precisions, open_engine, openvino
 from histoseg_fast.engines.devices import choose_gpus, parse_device
 from histoseg_fast.engines.trt import gpu
+from histoseg_fast.engines.trt.gpu import Gpu
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.plan import Plan
 
@@ -159,18 +161,73 @@ def test_without_a_gpu_nothing_heavy_is_imported():
         ("auto", {"agreement": 0.9}, "fp16", "fp16"),
         ("auto", None, "fp32", "fp32"),
         ("auto", None, "bf16", EngineError),
-        ("auto", None, "int8", EngineError),
-        ("auto", None, "fp8", UsageError),
     ],
 )
-def test_precision_on_a_gpu(tiny_plan, fixed, figures, wanted, chosen):
-    precisions = {**tiny_plan.manifest["precisions"], **({"fp16": figures} if figures else {})}
-    plan = Plan({**tiny_plan.manifest, "precision": fixed, "precisions": precisions}, tiny_plan.members, "")
+@pytest.mark.parametrize("library", ["tensorrt", "torch"])
+def test_precision_on_a_gpu(tiny_plan, fixed, figures, wanted, chosen, library):
+    plan = with_figures(tiny_plan, fixed, {"fp16": figures} if figures else {})
     if isinstance(chosen, str):
-        assert choose_gpu_precision(plan, wanted) == chosen
+        assert choose_gpu_precision(plan, wanted, (0,), library) == chosen
     else:
-        with pytest.raises(chosen, match=r"GPUs run fp16 and fp32|choose one of"):
-            choose_gpu_precision(plan, wanted)
+        with pytest.raises(chosen, match="GPUs run fp16, fp32, int8 and fp8, not bf16; use --device cpu"):
+            choose_gpu_precision(plan, wanted, (0,), library)
+
+
+def with_figures(plan, fixed, figures, ranges=True):
+    more = {"int8": {"inputs": {"b": 5.0, "up": 6.0}, "outputs": {}}} if ranges else {}
+    precisions = {**plan.manifest["precisions"], **figures}
+    return Plan({**plan.manifest, **more, "precision": fixed, "precisions": precisions}, plan.members, "")
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_auto_on_a_gpu_runs_8_bits_where_a_plan_is_compiled_for_them_and_passes(tiny_plan, machine, precision):
+    def chosen(agreement, key=f"tensorrt-{precision}", fixed=precision, ranges=True, library="tensorrt"):
+        plan = with_figures(tiny_plan, fixed, {key: {"agreement": agreement}}, ranges)
+        return choose_gpu_precision(plan, "auto", (0, 1), library)
+
+    assert chosen(0.9999) == precision
+    assert chosen(0.9999, fixed="auto") == "fp16"
+    assert chosen(0.9) == "fp16"
+    assert chosen(0.9999, key=precision) == "fp16"  # the CPU's figures
+    assert chosen(0.9999, ranges=False) == "fp16"
+    assert chosen(0.9999, library="torch") == "fp16"
+    machine.gpu = Gpu("NVIDIA V100", (7, 0))
+    assert chosen(0.9999) == "fp16"
+
+
+def test_8_bits_by_name(tiny_plan, machine):
+    plan, bare = with_figures(tiny_plan, "auto", {}), with_figures(tiny_plan, "auto", {}, ranges=False)
+    assert gpu_precisions(plan, (0,), "tensorrt") == ("fp16", "fp32", "int8", "fp8")
+    assert gpu_precisions(plan, (0,), "torch") == gpu_precisions(bare, (0,), "tensorrt") == ("fp16", "fp32")
+    assert choose_gpu_precision(plan, "fp8", (0,), "tensorrt") == "fp8"
+    with pytest.raises(EngineError, match="PyTorch does not run int8 on GPUs, TensorRT does; pip install"):
+        choose_gpu_precision(plan, "int8", (0,), "torch")
+    with pytest.raises(EngineError, match="compiled without ranges, which int8 needs; compile it with --calibrate DIR"):
+        choose_gpu_precision(bare, "int8", (0,), "tensorrt")
+    machine.gpu = Gpu("NVIDIA A100", (8, 0))
+    assert gpu_precisions(plan, (0,), "tensorrt") == ("fp16", "fp32", "int8")
+    with pytest.raises(EngineError, match=r"fp8 needs a GPU of compute capability 8\.9 or newer, not NVIDIA A100"):
+        choose_gpu_precision(plan, "fp8", (0,), "tensorrt")
+
+
+def test_int8_runs_on_the_gpu_or_on_the_cpu(gpus, tiny_plan, monkeypatch):
+    gpus.start()
+    for module in (engines, openvino):
+        monkeypatch.setattr(module, "cpu_precisions", lambda: ("fp32", "int8"))
+    plan = changed(tiny_plan, int8={"inputs": {"b": 5.0}, "outputs": {}})
+    for device in ("auto", "cuda"):
+        with gpus.open(plan, device, precision="int8") as engine:
+            assert (engine.device, engine.precision) == ("cuda:0", "int8")
+    gpus.machine.gpu = Gpu("old", (7, 0))
+    lines = []
+    with open_engine(plan, device="auto", precision="int8", report=lines.append) as engine:
+        assert (engine.device, engine.precision) == ("cpu", "int8")
+    assert lines == [
+        "going on with the CPU: int8 needs a GPU of compute capability 7.5 or newer, not old (sm70); "
+        "use --precision fp16"
+    ]
+    with pytest.raises(EngineError, match="this CPU has no native fp8"):
+        open_engine(plan, device="auto", precision="fp8")
 
 
 def test_auto_takes_the_device_that_runs_the_precision(gpus, tiny_plan, monkeypatch):
@@ -179,7 +236,7 @@ def test_auto_takes_the_device_that_runs_the_precision(gpus, tiny_plan, monkeypa
     for precision, device in (("auto", "cuda:0"), ("fp32", "cuda:0"), ("fp16", "cuda:0"), ("bf16", "cpu")):
         with gpus.open(tiny_plan, "auto", precision=precision) as engine:
             assert engine.device == device and engine.precision == precision.replace("auto", "fp16")
-    with pytest.raises(EngineError, match="GPUs run fp16 and fp32, not bf16; use --device cpu"):
+    with pytest.raises(EngineError, match="GPUs run fp16, fp32, int8 and fp8, not bf16"):
         gpus.open(tiny_plan, "cuda", precision="bf16")
     with pytest.raises(EngineError, match="this CPU has no native fp16"):
         gpus.open(tiny_plan, "cpu", precision="fp16")

@@ -14,6 +14,7 @@ from histoseg_fast.engines.trt.layers import TypedModel
 from histoseg_fast.engines.trt.options import HARDWARE, BuildOptions, choose_profile
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.plan import MODEL
+from histoseg_fast.plans import open_plan
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +100,41 @@ def test_sizes_follow_the_stride_and_the_plan(tiny_plan):
 @pytest.mark.parametrize(
     "change",
     [{"precision": "bf16"}, {"hardware": "turing"}, {"workspace_gib": 0}, {"workspace_gib": float("nan")},
-     {"workspace_gib": 1e9}, {"batch": 0}, {"batch": 1 << 20}],
+     {"workspace_gib": 1e9}, {"batch": 0}, {"batch": 1 << 20}, {"precision": "fp8", "hardware": "ampere+"}],
 )  # fmt: skip
 def test_options_that_make_no_sense(options, change):
     with pytest.raises(UsageError) as caught:
         dataclasses.replace(options, **change)
     one_line(caught)
+
+
+@pytest.mark.parametrize("version", ["10.13.0.35", "11.4.0.106"])
+@pytest.mark.parametrize(
+    ("precision", "counts"), [("int8", {"fp16": 1, "fp32": 1, "int8": 21}), ("fp8", {"fp16": 1, "fp32": 1, "fp8": 21})]
+)
+def test_8_bits_take_the_same_path(machine, version, precision, counts):
+    """No flag and no calibrator: the pairs in the graph say it all."""
+    trt, plan = machine.install(version), open_plan("fast")
+    model = typed_model(plan.members[MODEL], precision, plan.ranges)
+    options = BuildOptions.of(plan, precision=precision)
+    data, _ = build.build_engine(model, options)
+    assert build.inspect_engine(build.load_engine(data)[1], model) == counts
+    assert trt.builds[0].flags == {trt.BuilderFlag.TF32}
+    trt.faults.add("unfused")
+    data, _ = build.build_engine(model, options)
+    with pytest.raises(
+        EngineError, match=rf"built for {precision} but 21 convolution\(s\) .* run in fp16; it is refused"
+    ):
+        build.inspect_engine(build.load_engine(data)[1], model)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_transposed_convolutions_have_kernels(machine, precision):
+    plan = open_plan("final")
+    model = typed_model(plan.members[MODEL], precision, plan.ranges)
+    data, _ = build.build_engine(model, BuildOptions.of(plan, precision=precision))
+    found = build.inspect_engine(build.load_engine(data)[1], model)
+    assert found == {"fp32": 1, **{"int8": {"fp16": 1, "int8": 11}, "fp8": {"fp16": 3, "fp8": 9}}[precision]}
 
 
 # -- timing cache, progress, Ctrl-C ----------------------------------------------------------------

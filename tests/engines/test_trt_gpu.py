@@ -23,9 +23,9 @@ int cuDeviceGetName(char *name, int size, int device) {
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : device; return 0; }
 """
 ASK = """
-from histoseg_fast.engines.trt.gpu import current_gpu
+from histoseg_fast.engines.trt.gpu import current_gpu, gpu_at
 try:
-    print(current_gpu(), current_gpu().sm)
+    print(current_gpu(), current_gpu().sm, gpu_at(1))
 except Exception as error:
     print(error)
 """
@@ -42,8 +42,8 @@ def ask(folder=""):
 @pytest.mark.parametrize(
     ("init", "context", "devices", "answer"),
     [
-        (0, -1, 1, "NVIDIA H200 (sm90) sm90"),
-        (0, 1, 1, "Second (sm91) sm91"),
+        (0, -1, 1, "NVIDIA H200 (sm90) sm90 Second (sm91)"),
+        (0, 1, 1, "Second (sm91) sm91 Second (sm91)"),
         (100, -1, 1, "the NVIDIA driver does not start (CUDA error 100); run nvidia-smi; --device cpu"),
         (0, -1, 0, "no NVIDIA GPU can be used (cuDeviceGet: CUDA error 101); use --device cpu"),
     ],

@@ -11,6 +11,10 @@ from histoseg_fast.errors import EngineError
 
 MODEL = {"a": Convolution("a.out", "fp16"), "a_1": Convolution("a_1.out", "fp16"), "z": Convolution("logits", "fp32")}
 HALF, FLOAT = "Channel major FP16 format where channel % 8 == 0", "Row major linear FP32"
+FORMATS = {
+    **{"Half": HALF, "Float": FLOAT, "Int8": "Thirty-two wide channel vectorized row major Int8 format"},
+    **{"FP8": "Channel major FP8 format where channel % 16 == 0"},
+}
 
 
 def tensor_10(kind, name="t"):
@@ -23,7 +27,7 @@ def tensor_11(kind, name="t"):
 
 def cask(name, kind, tensor=tensor_10, **more):
     """A convolution layer as 10.x prints it."""
-    shown = {"Half": HALF, "Float": FLOAT}[kind] if tensor is tensor_10 else kind
+    shown = FORMATS[kind] if tensor is tensor_10 else kind
     layer = {"Name": f"{name} + {name}_relu", "LayerType": "CaskConvolution", "Weights": {"Type": kind, "Count": 9}}
     layer |= {"Inputs": [tensor(shown)], "Outputs": [tensor(shown)], "ParameterType": "Convolution"}
     return layer | {"Metadata": f"[ONNX Layer: {name}]\x1e[ONNX Layer: {name}_relu]"} | more
@@ -137,3 +141,74 @@ def test_an_fp32_engine_must_be_fp32():
 def test_answers_that_cannot_be_read(text):
     with pytest.raises(EngineError, match="inspector"):
         check_precision(text, MODEL)
+
+
+# -- 8 bits ----------------------------------------------------------------------------------------
+
+KINDS = {"int8": "Int8", "fp8": "FP8"}
+
+
+def quantised(precision):
+    """The first convolution stays in fp16, the last in fp32."""
+    return {"f": Convolution("f.out", "fp16"), "a": Convolution("a.out", precision), "z": Convolution("logits", "fp32")}
+
+
+@pytest.mark.parametrize("tensor", [tensor_10, tensor_11])
+@pytest.mark.parametrize(("precision", "kind"), KINDS.items())
+def test_a_true_8_bit_engine(tensor, precision, kind):
+    layers = [cask("f", "Half", tensor, Outputs=[tensor(FORMATS[kind])]), cask("z", "Float", tensor)]
+    model = quantised(precision)
+    found = {"fp16": 1, precision: 1, "fp32": 1}
+    assert check(*layers, cask("a", kind, tensor), model=model) == found
+    for name in ("a.weight + a.weight.dq + a", "a.weight + a.weight.dq + a + a_relu + b.q"):
+        assert check(*layers, cask("a", kind, tensor, Name=name, Metadata=""), model=model) == found
+    two = fused("a", kind, tensor, Inputs=[tensor(kind), tensor(kind), tensor("Half")])
+    assert check(*layers, two, model=model) == found
+
+
+@pytest.mark.parametrize("tensor", [tensor_10, tensor_11])
+@pytest.mark.parametrize(("precision", "kind"), KINDS.items())
+def test_pairs_that_were_not_joined_to_their_convolution_are_refused(tensor, precision, kind):
+    """It runs in fp16 then, and may read 8-bit data all the same."""
+    rest = [cask("f", "Half", tensor), cask("z", "Float", tensor)]
+    tactic = "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc_tilesize128x64x64"
+    reads = tensor(FORMATS[kind])
+    for layer in (
+        cask("a", "Half", tensor),
+        cask("a", "Half", tensor, Inputs=[reads]),
+        cask("a", kind, tensor, TacticName=tactic),
+        fused("a", "Half", tensor, Inputs=[reads], tactic=tactic),
+        fused("a", "Half", tensor, Inputs=[tensor(kind), tensor("Half")]),
+    ):
+        with pytest.raises(EngineError, match=rf"built for {precision} but 1 convolution\(s\) \(a\) run in fp16;"):
+            check(*rest, layer, model=quantised(precision))
+    with pytest.raises(EngineError, match=r"\(a\) run in fp16 in part"):
+        check(*rest, cask("a", kind, tensor), cask("a", "Half", tensor), model=quantised(precision))
+    with pytest.raises(EngineError, match=r"does not show in which precision 1 convolution\(s\) \(a\)"):
+        check(*rest, fused("a", kind, tensor), model=quantised(precision))
+    (other,) = KINDS.keys() - {precision}
+    with pytest.raises(EngineError, match=rf"\(a\) run in {other}; it is refused"):
+        check(*rest, cask("a", KINDS[other], tensor), model=quantised(precision))
+
+
+@pytest.mark.parametrize(
+    ("tactic", "precision"),
+    [
+        (
+            "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw_vect_c_32",
+            "int8",
+        ),
+        ("sm80_xmma_fprop_implicit_gemm_i8f16_i8i32_f16_nhwckrsc_nhwc_tilesize128x64x64", "int8"),
+        ("sm80_xmma_deconv_implicit_gemm_i8i8_i8i32_f32_nhwckrsc_nhwc_tilesize64x64x64", "int8"),
+        ("volta_int8_i8816cudnn_int8_256x64_ldg16_relu_singleBuffer_medium_nt_v1", "int8"),
+        ("sm90_xmma_fprop_implicit_gemm_e4m3e4m3_e4m3f32_f32_nhwckrsc_nhwc_tilesize256x128x64", "fp8"),
+        ("sm90_xmma_fprop_implicit_gemm_e4m3f16_e4m3f32_f32_nhwckrsc_nhwc_tilesize256x128x64", "fp8"),
+        ("sm90_xmma_fprop_implicit_gemm_f16i8_f16f16_f16_nhwckrsc_nhwc_tilesize64x64x64", "fp16"),
+        ("sm90_xmma_fprop_implicit_gemm_f16e4m3_f16f16_f16_nhwckrsc_nhwc_tilesize64x64x64", "fp16"),
+    ],
+)
+def test_kernels_by_the_type_they_multiply(tactic, precision):
+    """Not by the one that they write; a single input of 8 bits alone would not say it."""
+    kind = {"int8": "Int8", "fp8": "FP8", "fp16": "Half"}[precision]
+    model = {"a": Convolution("a.out", precision)}
+    assert check(fused("a", kind, tactic=tactic), model=model) == {precision: 1}

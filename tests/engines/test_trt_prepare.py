@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from tiny_plans import changed
 from trt_fixtures import A100, H100, H200, spoiled
 
 from histoseg_fast.engines.trt import prepare as preparing
@@ -14,8 +15,8 @@ from histoseg_fast.engines.trt.check import synthetic_check
 from histoseg_fast.engines.trt.gpu import Gpu
 from histoseg_fast.engines.trt.member import FIELD, TRUST_VARIABLE, member_name, with_engine
 from histoseg_fast.engines.trt.options import BuildOptions
-from histoseg_fast.errors import EngineError
-from histoseg_fast.plan import MODEL, pack, unpack
+from histoseg_fast.errors import EngineError, PlanError
+from histoseg_fast.plan import MODEL, pack, read_plan, unpack
 
 
 def carrying(plan, *prepared):
@@ -169,6 +170,54 @@ def test_agreement_is_measured_once_and_kept(machine, tiny_plan):
     first = machine.prepare(tiny_plan, check=check)
     assert 1 - 1 / 64**2 - 1e-9 <= first.info.agreement <= 1
     assert machine.prepare(tiny_plan, check=check).info.agreement == first.info.agreement and calls == [1]
+
+
+# -- 8 bits ----------------------------------------------------------------------------------------
+
+RANGES = {"inputs": {"b": 5.0, "up": 6.0}, "outputs": {}}
+
+
+def test_an_int8_engine_is_built_from_the_ranges_and_found_by_them(machine, tiny_plan):
+    plan, other = (changed(tiny_plan, int8={**RANGES, "outputs": outputs}) for outputs in ({}, {"b": 7.0}))
+    options = BuildOptions.of(plan, precision="int8")
+    built = machine.prepare(plan, options)
+    assert (
+        built.info.convolutions == {"fp16": 1, "fp32": 1, "int8": 2} and "the int8 engine of tiny" in machine.lines[0]
+    )
+    assert machine.prepare(plan, options).source == "cache"
+    assert machine.prepare(other, options).source == "built"
+    assert member_name(built.info) == "engines/sm90-11.4.0.106-int8-NVIDIA_H200.engine"
+    carried = carrying(plan, built)
+    assert machine.prepare(carried, options).source == "plan"
+    assert machine.prepare(carried, BuildOptions.of(plan)).source == "built"
+    assert machine.prepare(changed(carried, int8=RANGES | {"outputs": {"b": 7.0}}), options).source == "cache"
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu", "words"),
+    [
+        (
+            "fp8",
+            A100,
+            r"fp8 needs a GPU of compute capability 8\.9 or newer, not NVIDIA A100 \(sm80\); use --precision",
+        ),
+        ("int8", Gpu("NVIDIA V100", (7, 0)), r"int8 needs a GPU of compute capability 7\.5 or newer"),
+        ("fp8", H200, r"no convolution that TensorRT runs in fp8; use --precision fp16"),
+    ],
+)
+def test_cards_and_networks_without_8_bits_are_told_before_a_build(machine, tiny_plan, precision, gpu, words):
+    machine.install("11.4.0.106", gpu)
+    plan = changed(tiny_plan, int8=RANGES)
+    with pytest.raises((EngineError, PlanError), match=words):
+        machine.prepare(plan, BuildOptions.of(plan, precision=precision))
+    assert machine.trt.builds == machine.lines == []
+
+
+def test_8_bits_need_ranges(machine, tiny_plan_path):
+    plan = read_plan(tiny_plan_path)
+    with pytest.raises(PlanError, match="compiled without ranges, which int8 needs; compile it with --cal") as caught:
+        machine.prepare(plan, BuildOptions.of(plan, precision="int8"))
+    assert str(caught.value).startswith(str(tiny_plan_path)) and machine.trt.builds == []
 
 
 # -- engines inside plans --------------------------------------------------------------------------

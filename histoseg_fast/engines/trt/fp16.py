@@ -2,7 +2,8 @@
 
 TensorRT from 11 on knows no other way, and 10.x under STRONGLY_TYPED does the same: each layer runs in the type of
 its tensors. In "fp16" the normalisation and the last convolution with all that follows it stay fp32, everything
-between runs in fp16 with fp16 weights. The input stays uint8 (n, h, w, 3), the output float32 (n, C, h, w).
+between runs in fp16 with fp16 weights; "int8" and "fp8" are that with Q/DQ pairs in it (see `quantised`). The input
+stays uint8 (n, h, w, 3), the output float32 (n, C, h, w).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from histoseg_fast.engines.trt.layers import Convolution, TypedModel
+from histoseg_fast.engines.trt.options import EIGHT_BITS
+from histoseg_fast.engines.trt.quantised import IR_VERSION, OPSET, Layer, choose_layers, insert_pairs
 from histoseg_fast.errors import PlanError
+from histoseg_fast.plan import Ranges
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _NORMALISING = {"Cast", "Transpose", "Mul", "Add", "Sub", "Div", "Identity"}
@@ -26,11 +30,13 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 @dataclass
 class _Graph:
-    """The graph while it is rewritten: nodes in order, constants by name, and the types that casts have made."""
+    """The graph while it is rewritten: nodes in order, constants by name, where constants that were cast came from,
+    and the types that casts have made."""
 
     graph: onnx.GraphProto
     nodes: list[onnx.NodeProto]
     constants: dict[str, np.ndarray]
+    origins: dict[str, str]
     casts: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def data_inputs(self, node: onnx.NodeProto) -> list[str]:
@@ -41,10 +47,11 @@ class _Graph:
         return [i for i, node in enumerate(self.nodes) if tensor in node.input]
 
 
-def typed_model(model: bytes, precision: str) -> TypedModel:
-    """`model` (a plan's ONNX) typed for TensorRT in "fp16" or "fp32".
+def typed_model(model: bytes, precision: str, ranges: Ranges | None = None) -> TypedModel:
+    """`model` (a plan's ONNX) typed for TensorRT in "fp16", "fp32", or, with the plan's `ranges`, "int8" or "fp8".
 
-    Raises PlanError for a graph with operators that have no rule here, or weights that fp16 cannot hold.
+    Raises PlanError for a graph with operators that have no rule here, weights that fp16 cannot hold, or ranges that
+    are missing or do not fit.
     """
     try:
         proto = onnx.load_from_string(model)
@@ -52,14 +59,20 @@ def typed_model(model: bytes, precision: str) -> TypedModel:
         raise PlanError("model.onnx is no ONNX file") from error
     graph = _fold(proto.graph)
     _cast_first(graph)
-    half = _half_nodes(graph) if precision == "fp16" else set()
+    half = _half_nodes(graph) if precision != "fp32" else set()
     _name_nodes(graph.nodes)
+    chosen = choose_layers(_layers(graph, half), ranges, precision) if precision in EIGHT_BITS else {}
+    rounded = {layer.node.name for layer in chosen.values()}
     convolutions = {
-        node.name: Convolution(node.output[0], "fp16" if i in half else "fp32")
+        node.name: Convolution(node.output[0], precision if node.name in rounded else "fp16" if i in half else "fp32")
         for i, node in enumerate(graph.nodes)
         if node.op_type in _CONVOLUTIONS
     }
-    _write(graph, _typed_nodes(graph, half))
+    nodes = _typed_nodes(graph, half)
+    if ranges is not None and chosen:
+        nodes = insert_pairs(nodes, graph.constants, chosen, ranges, precision)
+        _raise_opset(proto)
+    _write(graph, nodes)
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(proto, strict_mode=True))
     return TypedModel(proto.SerializeToString(deterministic=True), convolutions)
 
@@ -67,17 +80,19 @@ def typed_model(model: bytes, precision: str) -> TypedModel:
 def _fold(proto: onnx.GraphProto) -> _Graph:
     """Constants by name; Constant nodes and casts of constants (weights stored as fp16, say) become constants."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.initializer}
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
+    origins: dict[str, str] = {}
     for node in proto.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         elif node.op_type == "Cast" and node.input[0] in constants:
             constants[node.output[0]] = constants[node.input[0]].astype(helper.tensor_dtype_to_np_dtype(_to(node)))
+            origins[node.output[0]] = origins.get(node.input[0], node.input[0])
         elif node.op_type == "Cast" and _to(node) not in _FLOATS:
             raise PlanError(f"model.onnx casts to another type than float ({node.name[:80]!r})")
         else:
             nodes.append(node)
-    return _Graph(proto, nodes, constants)
+    return _Graph(proto, nodes, constants, origins)
 
 
 def _to(cast: onnx.NodeProto) -> int:
@@ -143,6 +158,25 @@ def _name_nodes(nodes: list[onnx.NodeProto]) -> None:
         taken.add(node.name)
 
 
+def _layers(graph: _Graph, half: set[int]) -> dict[str, Layer]:
+    """Convolutions with constant weights, by their name in the checkpoint: that of the weights less ".weight"."""
+    return {
+        graph.origins.get(node.input[1], node.input[1]).removesuffix(".weight"): Layer(
+            node, graph.constants[node.input[1]], i in half
+        )
+        for i, node in enumerate(graph.nodes)
+        if node.op_type in _CONVOLUTIONS and node.input[1] in graph.constants
+    }
+
+
+def _raise_opset(proto: onnx.ModelProto) -> None:
+    """To one that has Q/DQ in fp16; the operators of a body mean the same in it."""
+    proto.ir_version = max(proto.ir_version, IR_VERSION)
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = max(opset.version, OPSET)
+
+
 def _typed_nodes(graph: _Graph, half: set[int]) -> list[onnx.NodeProto]:
     """The nodes with fp16 constants where they run in fp16, and a Cast wherever a tensor enters or leaves fp16."""
     made: dict[str, int] = {}  # float type of each tensor
@@ -193,7 +227,7 @@ def _write(graph: _Graph, nodes: list[onnx.NodeProto]) -> None:
     del proto.node[:], proto.initializer[:], proto.value_info[:]
     proto.node.extend(copies)
     proto.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(value), name)
+        numpy_helper.from_array(np.asarray(value, order="C"), name)
         for name, value in graph.constants.items()
         if name in used
     )

@@ -59,10 +59,21 @@ def gpu_count() -> int:
 
 def current_gpu() -> Gpu:
     """The GPU of the calling thread's CUDA context, or the first one. Raises EngineError where there is none."""
-    cuda = driver()
     device = ctypes.c_int()
-    if cuda.cuCtxGetDevice(ctypes.byref(device)):  # no context yet: TensorRT takes the first GPU
-        _call(cuda.cuDeviceGet, ctypes.byref(device), 0)
+    if driver().cuCtxGetDevice(ctypes.byref(device)):  # no context yet: TensorRT takes the first GPU
+        return gpu_at(0)
+    return _gpu(device)
+
+
+def gpu_at(index: int) -> Gpu:
+    """The GPU of this number. Raises EngineError where there is none."""
+    device = ctypes.c_int()
+    _call(driver().cuDeviceGet, ctypes.byref(device), index)
+    return _gpu(device)
+
+
+def _gpu(device: ctypes.c_int) -> Gpu:
+    cuda = driver()
     name = ctypes.create_string_buffer(_NAME_BYTES)
     _call(cuda.cuDeviceGetName, name, _NAME_BYTES, device)
     numbers = []

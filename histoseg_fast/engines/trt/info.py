@@ -22,10 +22,9 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine's papers. `model` is the sha256 of the ONNX it computes, `sha256` and `size` are the engine's own.
-
-    `convolutions` counts them by the precision the inspector showed; `agreement` is the share of pixels whose class
-    was fp32's when it was checked after the build (None: not checked).
+    """An engine's papers. `model` is the sha256 of what it computes (see `member.network_of`), `sha256` and `size` are
+    the engine's own. `convolutions` counts them by the precision the inspector showed; `agreement` is the share of
+    pixels whose class was fp32's when it was checked after the build (None: not checked).
     """
 
     model: str

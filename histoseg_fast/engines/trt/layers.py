@@ -1,6 +1,7 @@
 """What precision the convolutions of a built engine really run in, from what TensorRT's engine inspector prints.
 
-A build that was asked for fp16 may exit 0 and be fp32. The inspector's JSON names for each layer of the engine the
+A build that was asked for fp16 may exit 0 and be fp32, and where TensorRT joins no Q/DQ pair to a convolution, an 8-bit
+engine is fp16 throughout. The inspector's JSON names for each layer of the engine the
 ONNX nodes it was made from and the types of its tensors and weights; both have changed their form between versions
 ("Format/Datatype" in 10.x, "Format" and "Datatype" in 11.x), so any key that speaks of a type counts.
 """
@@ -21,18 +22,28 @@ _COPIES = {"reformat", "constant", "noop", "shuffle", "wait", "signal", "shape_c
 """Layers that move data for a convolution, bear its name and compute nothing."""
 _WORK = re.compile(r"conv|gemm|fprop|dgrad|fusion|cudnn|winograd", re.IGNORECASE)
 """In the type or tactic of a layer that multiplies; preferred over its companions of the same name."""
-_HALF = re.compile(r"\b(k?half|fp16|float16)\b", re.IGNORECASE)
-_FLOAT = re.compile(r"\b(k?float|fp32|float32|tf32)\b", re.IGNORECASE)
-_TACTIC_HALF = re.compile(r"(?<!b)f16f16|h884|h1688|h16816", re.IGNORECASE)
-_TACTIC_FLOAT = re.compile(r"f32f32|tf32", re.IGNORECASE)
-"""In a kernel's name: the types it multiplies."""
+_TYPES = {
+    "fp16": re.compile(r"\b(k?half|fp16|float16)\b", re.IGNORECASE),
+    "int8": re.compile(r"\bk?int8\b", re.IGNORECASE),
+    "fp8": re.compile(r"\b(k?fp8|float8|e4m3|fp8_?e4m3)\b", re.IGNORECASE),
+    "fp32": re.compile(r"\b(k?float|fp32|float32|tf32)\b", re.IGNORECASE),
+}
+_TACTICS = {
+    "int8": re.compile(r"i8(i8|i32|f16|f32)|int8|imma|i8816|i16832", re.IGNORECASE),
+    "fp8": re.compile(r"e4m3(e4m3|f16|bf16|f32)", re.IGNORECASE),
+    "fp16": re.compile(r"(?<!b)f16f16|h884|h1688|h16816", re.IGNORECASE),
+    "fp32": re.compile(r"f32f32|tf32", re.IGNORECASE),
+}
+"""In a kernel's name: the types it multiplies, each followed by that of its output or of its sums."""
+_EIGHT_BITS = ("int8", "fp8")
+_WIDTHS = (*_EIGHT_BITS, "fp16", "fp32")
 _SAYS_TYPE = re.compile(r"type|format", re.IGNORECASE)
 _ONNX_NAME = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution node: its output tensor and the precision that the graph gives it, "fp16" or "fp32"."""
+    """A convolution node: its output tensor and the precision that the graph gives it, "fp16", say."""
 
     output: str
     precision: str
@@ -49,12 +60,12 @@ class TypedModel:
 def check_precision(information: str, convolutions: Mapping[str, Convolution]) -> dict[str, int]:
     """How many of `convolutions` the inspector's JSON shows in each precision, e.g. {"fp16": 12, "fp32": 1}.
 
-    Raises EngineError unless every one that the graph has in fp16 is shown to be fp16. In a graph that is fp32
-    throughout, all must be shown as fp32; the last ones of an fp16 graph may share a layer with the cast before them.
+    Raises EngineError unless every one that the graph has in its fewest bits is shown to run in them: in 8, in fp16
+    or, in a graph that is fp32 throughout, in fp32. The others may share a layer with the cast or the Q/DQ before them.
     """
     layers = list(_layers(information))
     wanted = {name: convolution.precision for name, convolution in convolutions.items()}
-    main = "fp16" if "fp16" in wanted.values() else "fp32"
+    main = next((precision for precision in ("int8", "fp8", "fp16") if precision in wanted.values()), "fp32")
     shown = {name: _shown(layers, name, convolutions[name].output) for name in wanted}
     if hidden := [name for name in wanted if wanted[name] == main and shown[name] is None]:
         raise EngineError(
@@ -93,7 +104,7 @@ def _shown(layers: list[dict[str, Any]], node: str, output: str) -> str | None:
     ]
     works = [layer for layer in made if _WORK.search(f"{layer.get('LayerType')} {layer.get('TacticName')}")]
     seen = {_precision(layer) for layer in works or made} - {None}
-    return seen.pop() if len(seen) == 1 else "fp32 in part" if seen else None
+    return seen.pop() if len(seen) == 1 else f"{max(seen, key=_WIDTHS.index)} in part" if seen else None
 
 
 def _onnx_names(layer: dict[str, Any]) -> set[str]:
@@ -113,17 +124,23 @@ def _precision(layer: dict[str, Any]) -> str | None:
     """The type of a layer's weights, or what its kernel's name says, or the type of its inputs: "fp16" if one is fp16.
 
     Outputs do not count: a convolution in fp16 may write float where a cast was joined to it, and take float where
-    one was joined before it. None if the layer does not say.
+    one was joined before it. Nor does a single input of 8 bits: with the DQ behind it joined to it, a convolution in
+    fp16 takes it, too. It is two, data and weights, that say so. None if the layer does not say.
     """
-    weights = layer.get("Weights")
-    if isinstance(weights, dict) and (kind := _kind(str(weights.get("Type")))):
+    weights, tactic = layer.get("Weights"), _kind(str(layer.get("TacticName")), _TACTICS)
+    kind = _kind(str(weights.get("Type")), _TYPES) if isinstance(weights, dict) else None
+    if kind and not (kind in _EIGHT_BITS and tactic):
         return kind
-    tactic = str(layer.get("TacticName"))
-    if _TACTIC_HALF.search(tactic) or _TACTIC_FLOAT.search(tactic):
-        return "fp16" if _TACTIC_HALF.search(tactic) else "fp32"
-    inputs = _tensors(layer, "Inputs")
-    return _kind(" ".join(str(tensor[key]) for tensor in inputs for key in tensor if _SAYS_TYPE.search(key)))
+    if tactic:
+        return tactic
+    inputs = [
+        _kind(" ".join(str(tensor[key]) for key in tensor if _SAYS_TYPE.search(key)), _TYPES)
+        for tensor in _tensors(layer, "Inputs")
+    ]
+    if len(inputs) > 1 and inputs[0] == inputs[1] and inputs[0] in _EIGHT_BITS:
+        return inputs[0]
+    return next((kind for kind in ("fp16", "fp32") if kind in inputs), None)
 
 
-def _kind(text: str) -> str | None:
-    return "fp16" if _HALF.search(text) else "fp32" if _FLOAT.search(text) else None
+def _kind(text: str, patterns: Mapping[str, re.Pattern[str]]) -> str | None:
+    return next((kind for kind, pattern in patterns.items() if pattern.search(text)), None)

@@ -4,13 +4,14 @@ their papers in the manifest under "tensorrt"."""
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from typing import Any
 
 from histoseg_fast.engines.trt.gpu import Gpu
 from histoseg_fast.engines.trt.info import EngineInfo, read_info
-from histoseg_fast.engines.trt.options import BuildOptions
+from histoseg_fast.engines.trt.options import EIGHT_BITS, BuildOptions
 from histoseg_fast.plan import MODEL, Plan
 
 FIELD = "tensorrt"
@@ -32,10 +33,15 @@ def with_engine(plan: Plan, info: EngineInfo, data: bytes) -> tuple[dict[str, An
     return {**plan.manifest, FIELD: papers}, {**plan.members, name: data}
 
 
+def network_of(plan: Plan, precision: str) -> bytes:
+    """What an engine of `plan` in `precision` computes, as bytes to digest: the ONNX and, in 8 bits, the ranges."""
+    ranges = json.dumps(plan.manifest.get("int8"), sort_keys=True).encode() if precision in EIGHT_BITS else b""
+    return plan.members[MODEL] + ranges
+
+
 def find_member(plan: Plan, options: BuildOptions, gpu: Gpu, tensorrt: str) -> tuple[EngineInfo, bytes] | str:
     """The plan's engine that runs here and covers `options`, or why there is none ("" where it has none at all)."""
     papers, reason = plan.manifest.get(FIELD), ""
-    model = hashlib.sha256(plan.members[MODEL]).hexdigest()
     for name, values in sorted(papers.items()) if isinstance(papers, dict) else ():
         try:
             info = read_info(values)
@@ -43,6 +49,7 @@ def find_member(plan: Plan, options: BuildOptions, gpu: Gpu, tensorrt: str) -> t
             reason = f"the plan has no sound papers of {name[:80]!r} ({error})"
             continue
         data = plan.members.get(name)
+        model = hashlib.sha256(network_of(plan, info.precision)).hexdigest()
         if data is None or hashlib.sha256(data).hexdigest() != info.sha256 or info.model != model:
             reason = f"the plan's {name[:80]!r} is not of this network"
         elif misfit := info.misfit(gpu, tensorrt):

@@ -6,11 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from histoseg_fast.errors import UsageError
+from histoseg_fast.engines.trt.gpu import Gpu
+from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.plan import Plan
 from histoseg_fast.tiling import padded_length
 
-PRECISIONS = ("fp16", "fp32")
+EIGHT_BITS = {"int8": (7, 5), "fp8": (8, 9)}
+"""Precisions that round by the plan's ranges, and the least compute capability of the GPUs that have them."""
+PRECISIONS = ("fp16", "fp32", *EIGHT_BITS)
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-cc": "SAME_COMPUTE_CAPABILITY"}
 """`--hardware-compatible` and what TensorRT calls it."""
 WHOLE_IMAGE = (720, 1128)
@@ -23,6 +26,24 @@ DEFAULT_WORKSPACE_GIB = 4.0
 """Scratch memory that one layer may use."""
 MAX_WORKSPACE_GIB = 1024.0
 MAX_BATCH = 1024
+
+
+def check_card(precision: str, gpu: Gpu) -> None:
+    """Raise EngineError if `gpu` has no units for `precision`."""
+    least = EIGHT_BITS.get(precision, (0, 0))
+    if gpu.capability < least:
+        needed = ".".join(map(str, least))
+        raise EngineError(
+            f"{precision} needs a GPU of compute capability {needed} or newer, not {gpu}", fix="use --precision fp16"
+        )
+
+
+def figures_key(precision: str) -> str:
+    """Under which name a manifest's "precisions" hold what an engine in `precision` was measured to give.
+
+    The CPU's int8 rounds otherwise, and has its own figures under its own name.
+    """
+    return f"tensorrt-{precision}" if precision in EIGHT_BITS else precision
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class BuildOptions:
         for name, value, known in (("precision", self.precision, PRECISIONS), ("hardware", self.hardware, HARDWARE)):
             if value not in known:
                 raise UsageError(f"unknown {name} {value!r} for TensorRT", fix="choose one of " + ", ".join(known))
+        if self.precision == "fp8" and self.hardware == "ampere+":
+            raise UsageError("no fp8 engine runs on Ampere GPUs", fix="--hardware-compatible none or same-cc")
         if not 0 < self.workspace_gib <= MAX_WORKSPACE_GIB:
             raise UsageError(
                 f"a workspace of {self.workspace_gib} GiB", fix=f"give more than 0, {MAX_WORKSPACE_GIB:.0f} at most"

@@ -17,8 +17,8 @@ from histoseg_fast.engines.trt.cache import EngineCache
 from histoseg_fast.engines.trt.gpu import Gpu, current_gpu
 from histoseg_fast.engines.trt.info import MAX_ENGINE_BYTES, EngineInfo
 from histoseg_fast.engines.trt.library import version
-from histoseg_fast.engines.trt.member import find_member
-from histoseg_fast.engines.trt.options import BuildOptions
+from histoseg_fast.engines.trt.member import find_member, network_of
+from histoseg_fast.engines.trt.options import BuildOptions, check_card
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.extras import need
 from histoseg_fast.plan import MODEL, Plan
@@ -55,11 +55,13 @@ def prepare(
 
     A CUDA context may be current (then its GPU counts) and none is needed. `options` are `BuildOptions.of(plan)`
     unless given; `check` is called on a newly built engine before it is kept; `report` gets one line that says why
-    something is built. Raises EngineError if there is no GPU or TensorRT, if TensorRT fails, or if the engine's
-    convolutions do not run in the precision it was built for.
+    something is built. Raises EngineError if there is no GPU or TensorRT, if the GPU has no such precision, if TensorRT
+    fails, or if the engine's convolutions do not run in the precision it was built for; PlanError if the plan lacks
+    what the precision needs.
     """
     here, gpu = version(), current_gpu()
     options = options or BuildOptions.of(plan)
+    check_card(options.precision, gpu)
     found = find_member(plan, options, gpu, here)
     why = found if isinstance(found, str) else ""
     if not isinstance(found, str):
@@ -71,7 +73,7 @@ def prepare(
     from histoseg_fast.engines.trt.fp16 import typed_model
 
     try:
-        model = typed_model(plan.members[MODEL], options.precision)
+        model = typed_model(plan.members[MODEL], options.precision, plan.ranges)
     except PlanError as error:
         raise PlanError(error.what, where=plan.path, fix=error.fix) from error
     digest = hashlib.sha256(model.data + options.key().encode()).hexdigest()
@@ -125,7 +127,7 @@ def _build(
     here = version()
     data, timing = build.build_engine(model, options, timing=store.timing(gpu, here), progress=progress)
     runtime, engine = build.load_engine(data, host_code=True)
-    info = EngineInfo.of(plan.members[MODEL], options, gpu, here)
+    info = EngineInfo.of(network_of(plan, options.precision), options, gpu, here)
     info = info.sealed(data, build.inspect_engine(engine, model))
     prepared = Prepared(data, info, engine, runtime, "built")
     prepared = replace(prepared, info=replace(info, agreement=check(prepared)))
