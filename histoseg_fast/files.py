@@ -14,8 +14,8 @@ from typing import BinaryIO
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every file that is still being written; whatever carries it may be deleted."""
 
-DIGEST_BLOCK_BYTES = 1 << 20
-"""Files are digested in pieces of this size."""
+BLOCK_BYTES = 1 << 20
+"""Files are read and digested in pieces of this size."""
 
 
 def refuse_irregular(path: str | os.PathLike[str]) -> None:
@@ -59,9 +59,19 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
         raise
 
 
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """What is left of `file`, but no more than `limit` bytes and one: memory is taken for what there is, not for `limit`."""
+    parts: list[bytes] = []
+    left = limit + 1
+    while left and (part := file.read(min(left, BLOCK_BYTES))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
 def sha256_of(file: BinaryIO) -> str:
     """Hex SHA-256 of what is left of a binary file opened for reading."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(DIGEST_BLOCK_BYTES))
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
     while count := file.readinto(block):  # type: ignore[attr-defined]
         digest.update(block[:count])
     return digest.hexdigest()

@@ -39,8 +39,10 @@ class Ended:
 class Child:
     """`histoseg-fast ARGUMENTS...` in a process of its own; what it prints goes to files in `folder`."""
 
-    def __init__(self, folder: Path, *arguments: object, fault: Fault | None = None):
+    def __init__(self, folder: Path, *arguments: object, fault: Fault | None = None, bug: bool = False):
+        """bug : whether the command is to say that it met one; no other does."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._bug = bug
         self._said = [folder / f"{os.getpid()}-{next(_numbers)}.{name}" for name in ("out", "err")]
         self.process = _server.Process(target=_main, args=([*map(str, arguments)], *map(str, self._said), fault))
         self.process.start()
@@ -54,13 +56,13 @@ class Child:
             raise AssertionError(f"the command hangs; it said: {self._said[1].read_text(errors='replace')}")
         assert self.process.exitcode is not None
         out, err = (path.read_text(errors="backslashreplace") for path in self._said)
-        assert "Traceback" not in err and "unexpected" not in err, err
+        assert "Traceback" not in err and ("unexpected" in err) == self._bug, err
         return Ended(self.process.exitcode, out, err)
 
 
-def run_child(folder: Path, *arguments: object, fault: Fault | None = None) -> Ended:
+def run_child(folder: Path, *arguments: object, fault: Fault | None = None, bug: bool = False) -> Ended:
     """Run a child to its end."""
-    return Child(folder, *arguments, fault=fault).wait()
+    return Child(folder, *arguments, fault=fault, bug=bug).wait()
 
 
 def fake_engine() -> None:
