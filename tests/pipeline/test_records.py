@@ -144,9 +144,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "link", "dangling", "link to a folder"])
-def test_what_is_no_regular_file_is_never_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """As root a rename would put a file in the place of a device; through a link bytes would land elsewhere."""
     target, other = tmp_path / "target", tmp_path / "other"
     other.write_bytes(b"before")
