@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import itertools
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,10 +14,19 @@ from typing import BinaryIO
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every file that is still being written; whatever carries it may be deleted."""
 
-DIGEST_BLOCK_BYTES = 1 << 20
-"""Files are digested in pieces of this size."""
+BLOCK_BYTES = 1 << 20
+"""Files are read and digested in pieces of this size."""
 
-_numbers = itertools.count()
+
+def refuse_irregular(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError where `path` is there and is no regular file: a folder, device, pipe, socket or link.
+
+    A link is refused wherever it leads: a rename would replace the link and leave the file it names as it was, and
+    writing through it would reach out of the folder that was asked for.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "it exists and is no regular file", os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -25,13 +35,15 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
 
     On any error the temporary file is removed and `path` stays as it was. With `durable` the bytes are
     flushed to the disk before the rename (checkpoints and plans; a mask is checked by digest on resume
-    instead). Missing parent folders are made. Raises OSError as the file system does.
+    instead). Missing parent folders are made. Raises OSError as the file system does, and as `refuse_irregular`.
     """
     target = Path(path)
+    refuse_irregular(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # 40 characters are at most 160 bytes, so that the whole name stays under the usual limit of 255.
-    partial = target.with_name(f".{target.name[:40]}.{os.getpid()}-{next(_numbers)}{TEMPORARY_SUFFIX}")
-    stream = open(partial, "wb")  # noqa: SIM115 (closed below, where a full disk may refuse its last bytes)
+    # 40 characters are at most 160 bytes, so that the whole name stays under the usual limit of 255. Nobody can guess
+    # the rest, so in a folder that others may write to, no link waits there.
+    partial = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}")
+    stream = open(partial, "xb")  # noqa: SIM115 (closed below, where a full disk may refuse its last bytes)
     try:
         yield stream
         stream.flush()
@@ -47,9 +59,19 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
         raise
 
 
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """What is left of `file`, no more than `limit` bytes and one. Memory is taken for what there is, not for `limit`."""
+    parts: list[bytes] = []
+    left = limit + 1
+    while left and (part := file.read(min(left, BLOCK_BYTES))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
 def sha256_of(file: BinaryIO) -> str:
     """Hex SHA-256 of what is left of a binary file opened for reading."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(DIGEST_BLOCK_BYTES))
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
     while count := file.readinto(block):  # type: ignore[attr-defined]
         digest.update(block[:count])
     return digest.hexdigest()

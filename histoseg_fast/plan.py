@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.errors import LabelError, PlanError, UsageError
-from histoseg_fast.files import atomic_write
+from histoseg_fast.files import atomic_write, read_at_most
 from histoseg_fast.labels import Palette
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import check_tile
@@ -170,7 +170,7 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     try:
         with open(path, "rb") as stream:
-            data = stream.read(MAX_PLAN_BYTES + 1)
+            data = read_at_most(stream, MAX_PLAN_BYTES)
     except FileNotFoundError:
         raise PlanError("no such plan", where=path) from None
     except OSError as error:

@@ -48,6 +48,9 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone; there is nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except MemoryError:
+        _say("there is not enough memory; free some, or give it more")
+        code = 1
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own: wrong options and the like
             error.show()

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
 from histoseg_fast.errors import PlanError, UsageError
+from histoseg_fast.files import read_at_most
 from histoseg_fast.plan import MAX_PLAN_BYTES
 
 OLDEST_OPSET = 13
@@ -44,7 +45,7 @@ def read_onnx(path: str | Path, classes: int, normalisation: Normalisation) -> o
     path = Path(path)
     try:
         with open(path, "rb") as stream:
-            data = stream.read(MAX_PLAN_BYTES + 1)
+            data = read_at_most(stream, MAX_PLAN_BYTES)
         if len(data) > MAX_PLAN_BYTES:
             raise PlanError(f"is larger than {MAX_PLAN_BYTES >> 20} MiB", where=path)
         model = onnx.load_from_string(data)

@@ -23,6 +23,9 @@ MAX_ENCODED_BYTES = 2**30
 MAX_SLIDE_FILES = 10_000
 """Most files of one slide."""
 
+OUT_OF_MEMORY = "there is not enough memory for it"
+MORE_MEMORY = "free memory, or save it as a tiled TIFF"
+
 HEAD_BYTES = 132
 """What is looked at to recognise a format; the mark of DICOM ends here."""
 
@@ -65,6 +68,8 @@ class Content:
             self._take(file)
         except BaseException as error:
             file.close()
+            if isinstance(error, MemoryError):
+                raise ImageError(OUT_OF_MEMORY, where=self.path, fix=MORE_MEMORY) from error
             if isinstance(error, OSError) and not isinstance(error, ImageError):
                 raise _unreadable(self.path, error) from error
             raise

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from histoseg_fast.errors import ImageError
-from histoseg_fast.images.content import Content, FileSet
+from histoseg_fast.images.content import MORE_MEMORY, OUT_OF_MEMORY, Content, FileSet
 
 MAX_SIDE = 2**20
 """Longest side of an image, in pixels."""
@@ -136,6 +136,8 @@ class ImageSource(abc.ABC):
             yield
         except ImageError:
             raise
+        except MemoryError as error:
+            raise ImageError(OUT_OF_MEMORY, where=self.path, fix=MORE_MEMORY) from error
         except DECODE_ERRORS as error:
             reason = str(error).strip() or type(error).__name__
             raise ImageError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, sha256_of
+from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, refuse_irregular, sha256_of
 
 MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
 
@@ -23,12 +23,14 @@ class Manifest:
     """DIR/manifest.jsonl: a line an image, appended as images finish; the last line of an image counts.
 
     Opening it reads what an earlier run left (a torn last line, from a kill, is dropped) and locks the
-    folder: a second run into the same folder raises UsageError.
+    folder: a second run into the same folder raises UsageError. Raises OSError as the file system does.
     """
 
     def __init__(self, out: Path):
         self.path = out / MANIFEST
         out.mkdir(parents=True, exist_ok=True)
+        for path in (self.path, out / LOCK):
+            refuse_irregular(path)
         self._lock_file = _lock(out / LOCK)
         self._lock = threading.Lock()
         self.entries, whole = read_entries(self.path)

@@ -218,4 +218,6 @@ def versions(engine: Engine) -> dict[str, str]:
 
 def _unwritable(out: Path, error: OSError) -> ImageError:
     reason = error.strerror or str(error)
-    return ImageError(f"cannot be written: {reason}", where=out, fix="choose another --out, or free space")
+    return ImageError(
+        f"cannot be written: {reason}", where=error.filename or out, fix="choose another --out, or free space"
+    )

@@ -23,6 +23,7 @@ import numpy as np
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
 from histoseg_fast.images import NATIVE, Resolution, open_image
+from histoseg_fast.images.content import OUT_OF_MEMORY
 from histoseg_fast.pipeline.job import Band, Job, Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
@@ -176,7 +177,8 @@ class Stream:
     def _read_image(self, number: int, source: Source) -> None:
         started = time.perf_counter()
         try:
-            image = open_image(source.path, self.resolution)
+            with _enough_memory(source):
+                image = open_image(source.path, self.resolution)
         except ImageError as error:
             return self._report(self._entry(source) | {"status": "failed", "error": str(error)})
         paths = self.outputs.paths(source.stem, slide=image.slide)
@@ -204,7 +206,7 @@ class Stream:
         grid = job.grid
         height, width = grid.tile_shape
         if job.image.slide:
-            with _Timer(job, "read"):
+            with _Timer(job, "read"), _enough_memory(job.source):
                 job.look_for_glass()
         if not job.rows:
             job.image.close()
@@ -216,16 +218,15 @@ class Stream:
                 batch, index, place = self._ring.take((height, width))
                 tile = None
                 try:
-                    with _Timer(job, "read"):
-                        job.fill_band(row, place)
+                    self._read_band(job, row, place)
                     tile = Tile(job, row, 0, grid.core(row, 0))
                 finally:
                     self._ring.fill(batch, index, tile)
             return
-        band = np.empty((height, grid.columns[-1].outer_end, 3), np.uint8)
+        with _enough_memory(job.source):
+            band = np.empty((height, grid.columns[-1].outer_end, 3), np.uint8)
         for row in job.rows:
-            with _Timer(job, "read"):
-                job.fill_band(row, band)
+            self._read_band(job, row, band)
             for column in np.flatnonzero(job.tissue_tiles[row]).tolist():
                 if self._given_up(job):
                     return
@@ -233,6 +234,10 @@ class Stream:
                 batch, index, place = self._ring.take((height, width))
                 place[...] = band[:, span.outer : span.outer_end]
                 self._ring.fill(batch, index, Tile(job, row, column, grid.core(row, column)))
+
+    def _read_band(self, job: Job, row: int, out: np.ndarray) -> None:
+        with _Timer(job, "read"), _enough_memory(job.source):
+            job.fill_band(row, out)
 
     def _given_up(self, job: Job) -> bool:
         """Whether to read no further: the image has failed, or the run is stopping and this image has far to go."""
@@ -255,13 +260,10 @@ class Stream:
                     continue
                 tile.job.seconds["engine"] += share
                 try:
-                    with _Timer(tile.job, "stitch"):
+                    with _Timer(tile.job, "stitch"), _enough_memory(tile.job.source):
                         band = tile.job.stitch(tile, batch.slot, i)
-                except EngineError as error:
+                except (EngineError, ImageError) as error:
                     self._fail(tile.job, error)
-                    continue
-                except MemoryError:
-                    self._fail(tile.job, _out_of_memory(tile.job))
                     continue
                 top, left, bottom, right = tile.core
                 self.totals.segmented += (bottom - top) * (right - left)
@@ -308,13 +310,10 @@ class Stream:
             if band is None:
                 assert job.error is not None
                 raise job.error
-            with _Timer(job, "write"):
-                try:
-                    if not job.write(band):
-                        return False
-                    entry |= job.finish()
-                except MemoryError:
-                    raise _out_of_memory(job) from None
+            with _Timer(job, "write"), _enough_memory(job.source):
+                if not job.write(band):
+                    return False
+                entry |= job.finish()
         except Interrupted:
             job.abandon()
             return True
@@ -350,10 +349,14 @@ class Stream:
         self.on_image(entry)
 
 
-def _out_of_memory(job: Job) -> EngineError:
-    return EngineError(
-        "not enough memory for this image", where=job.source.name, fix="--postprocess none holds less of it"
-    )
+@contextlib.contextmanager
+def _enough_memory(source: Source) -> Iterator[None]:
+    """What does not fit costs its image. Not around the engine, whose state is unknown when it had no memory."""
+    try:
+        yield
+    except MemoryError as error:
+        fix = "free memory; --postprocess none holds less of it"
+        raise ImageError(OUT_OF_MEMORY, where=source.name, fix=fix) from error
 
 
 class Interrupted(HistosegError):

@@ -7,7 +7,6 @@ import hashlib
 import html
 import json
 import os
-import stat
 import statistics
 import string
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from histoseg_fast import __version__
-from histoseg_fast.errors import HistosegError, UsageError, one_line
+from histoseg_fast.errors import HistosegError, one_line
 from histoseg_fast.files import atomic_write
 from histoseg_fast.reporting.charts import composition, histogram
 from histoseg_fast.reporting.cohort import Cohort, Row, read_cohort
@@ -49,13 +48,11 @@ def write_report(
     """Write the report of the run in `folder` to `target` (default: report.html in it), whole or not at all.
 
     `progress` is called after each image with how many are over, and how many there are. Raises UsageError (`folder`
-    holds no run, `target` is a folder, link or device), DataError (run.json is damaged), HistosegError (cannot be
-    written).
+    holds no run), DataError (run.json is damaged), HistosegError (`target` cannot be written, or is a folder, link or
+    device).
     """
     cohort = read_cohort(folder)
     target = target or folder / REPORT
-    if os.path.lexists(target) and not stat.S_ISREG(target.lstat().st_mode):
-        raise UsageError("is no regular file, and is not replaced", where=target, fix="choose another place with -o")
     without_image = without_mask = 0
     head, tail = _page(cohort)
     rows = []

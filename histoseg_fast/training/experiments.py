@@ -10,10 +10,11 @@ from typing import Any
 
 from histoseg_fast.compiling.compile import plan_of_checkpoint
 from histoseg_fast.data import SPLITS
+from histoseg_fast.errors import PlanError
 from histoseg_fast.evaluation.evaluate import evaluate
 from histoseg_fast.evaluation.figures import save_curves
-from histoseg_fast.files import atomic_write
 from histoseg_fast.models.architectures import PAPER_ARCHITECTURES
+from histoseg_fast.training.checkpoint import write_whole
 from histoseg_fast.training.loop import BEST, HISTORY, train
 from histoseg_fast.training.options import TrainingOptions
 
@@ -47,9 +48,12 @@ def run_experiments(
         "table_1": table_1,
         "table_2": table_2,
     }
-    _write(out / RECORD, json.dumps(record, indent=1))
-    _write(out / TABLES, tables(record))
-    save_curves(out / CURVES, {arch: _history(out / arch) for arch in PAPER_ARCHITECTURES})
+    write_whole(out / RECORD, json.dumps(record, indent=1).encode())
+    write_whole(out / TABLES, tables(record).encode())
+    try:
+        save_curves(out / CURVES, {arch: _history(out / arch) for arch in PAPER_ARCHITECTURES})
+    except OSError as error:
+        raise PlanError(f"cannot be written: {error.strerror or error}", where=out / CURVES) from error
     report(f"tables: {out / TABLES}; curves: {out / CURVES}")
     return record
 
@@ -81,8 +85,3 @@ def _score(root: Path, run: Path, split: str) -> dict[str, Any]:
 
 def _history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / HISTORY).read_text().splitlines()]
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as stream:
-        stream.write(text.encode())

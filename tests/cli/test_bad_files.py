@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
+from disks import small_disk
 from running import FakeEngine, entries, make_pictures, partials, results, run_command, run_stream
 
 from histoseg_fast.images import write_png
@@ -97,21 +95,6 @@ def test_a_file_that_vanishes_during_the_run(tmp_path: Path) -> None:
     assert "No such file" in entries(tmp_path / "out")["image_059.png"]["error"]
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of 160 KiB on `folder`; skips where this user may not mount one."""
-    folder.mkdir()
-    with contextlib.suppress(OSError):
-        mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "none", folder]
-        if subprocess.run(mount, capture_output=True).returncode == 0:
-            try:
-                yield
-            finally:
-                subprocess.run(["umount", "--lazy", folder], check=True)
-            return
-    pytest.skip("only root, and not in every container, may mount a small disk")
-
-
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path: Path, tiny_plan_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -126,7 +109,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
         "--probabilities",
         "--out",
     )
-    with small_disk(tmp_path / "disk"):
+    with small_disk(tmp_path / "disk", 160 << 10):
         out = tmp_path / "disk" / "out"
         run = run_command(*arguments, out)
         assert run.returncode == 1

@@ -6,6 +6,8 @@ import csv
 import hashlib
 import json
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,58 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, name: str) -> None:
         one.write(b"one")
         other.write(b"other")
     assert target.read_bytes() == b"one" and not partials(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "link", "dangling", "link to a folder"])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As root a rename would put a file in the place of a device; through a link bytes would land elsewhere."""
+    target, other = tmp_path / "target", tmp_path / "other"
+    other.write_bytes(b"before")
+    with socket.socket(socket.AF_UNIX) as unix:
+        match kind:
+            case "folder":
+                target.mkdir()
+            case "pipe":
+                os.mkfifo(target)
+            case "socket":
+                monkeypatch.chdir(tmp_path)  # the whole path may be too long for a socket's name
+                unix.bind("target")
+            case _:
+                leads = {"link": other, "dangling": tmp_path / "gone", "link to a folder": tmp_path}
+                target.symlink_to(leads[kind])
+    kept = os.lstat(target)
+    with pytest.raises(FileExistsError, match="is no regular file") as raised, atomic_write(target) as stream:
+        stream.write(b"after")
+    assert raised.value.strerror and raised.value.filename == str(target)
+    assert os.path.samestat(os.lstat(target), kept) and other.read_bytes() == b"before"
+    assert sorted(tmp_path.iterdir()) == [other, target] and not (tmp_path / "gone").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mknod") or os.geteuid() != 0, reason="only root can make a device")
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("this container may make no device")
+    with pytest.raises(FileExistsError, match="is no regular file"), atomic_write(device) as stream:
+        stream.write(b"x")
+    assert stat.S_ISCHR(device.lstat().st_mode)
+
+
+@pytest.mark.parametrize("name", [".lock", "manifest.jsonl"])
+def test_a_link_or_pipe_in_the_place_of_a_record_is_refused(tmp_path: Path, name: str) -> None:
+    """Appending to a link would cut off the file that it leads to; opening a pipe would wait for ever."""
+    other = tmp_path / "other"
+    other.write_bytes(b"{ half a line")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / name).symlink_to(other)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / name)
+    for folder in ("link", "pipe"):
+        with pytest.raises(FileExistsError, match="is no regular file"):
+            Manifest(tmp_path / folder)
+    assert other.read_bytes() == b"{ half a line"
 
 
 @needs_dev_full

@@ -263,8 +263,10 @@ def test_what_cannot_be_written_leaves_nothing(run: MadeUpRun, tmp_path: Path) -
     with pytest.raises(HistosegError, match="cannot be written"):
         write_report(run.out, tmp_path / "file" / "page.html")
     for name in ("folder", "pipe", "link"):  # a rename would put a file in the place of a device, too
-        with pytest.raises(UsageError, match="is no regular file"):
+        with pytest.raises(HistosegError, match="is no regular file"):
             write_report(run.out, tmp_path / name)
+    assert (tmp_path / "folder").is_dir() and (tmp_path / "pipe").is_fifo()
+    assert os.readlink(tmp_path / "link") == str(tmp_path / "file")
     assert not list(tmp_path.rglob("*.partial"))
 
 
