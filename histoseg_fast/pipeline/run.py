@@ -17,7 +17,7 @@ from histoseg_fast.engines import Engine, open_engine
 from histoseg_fast.errors import ImageError, UsageError
 from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
-from histoseg_fast.pipeline.job import Outputs
+from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import (
     MANIFEST,
     Manifest,

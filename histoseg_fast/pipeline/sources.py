@@ -7,8 +7,10 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
@@ -22,11 +24,15 @@ READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
 
 @dataclass(frozen=True)
 class Source:
-    """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share."""
+    """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share.
+
+    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file.
+    """
 
     path: Path
     name: str
     stem: str
+    pixels: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
