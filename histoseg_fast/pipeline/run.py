@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
-from histoseg_fast.errors import ImageError, UsageError
+from histoseg_fast.errors import HistosegError, ImageError, UsageError
 from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
-from histoseg_fast.pipeline.outputs import Outputs
+from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.records import (
     MANIFEST,
     Manifest,
@@ -29,12 +29,17 @@ from histoseg_fast.pipeline.records import (
 )
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
-from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD
+from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
 from histoseg_fast.plan import Plan
+from histoseg_fast.postprocess import check_integer, check_number
 from histoseg_fast.tiling import check_tile
+
+OutputsT = TypeVar("OutputsT", bound=Outputs)
 
 CPU_STREAMS = 2
 """Batches that the CPU's cores work on side by side where there are several images: less waiting for one another."""
+MOST = 1024
+"""Largest batch and number of threads."""
 MAX_READERS = 4
 MAX_GPU_READERS = 16
 """A GPU takes images faster than a few threads decode them, and leaves the CPU to them."""
@@ -63,6 +68,12 @@ class InferOptions:
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for numbers out of range; `tile` is checked with the plan."""
+        for name in ("batch", "threads"):
+            check_integer(name, getattr(self, name), MOST)
+        check_number("tissue_threshold", self.tissue_threshold, MIN_THRESHOLD, MAX_THRESHOLD)
+
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
         return Resolution(self.level, self.mpp, plan.mpp)
@@ -71,13 +82,14 @@ class InferOptions:
 @dataclass(frozen=True)
 class Progress:
     """What `infer` calls while it runs: `start` once, `image` as each is over, `poll` ten times a second, `report` with
-    a line for a person, from any thread, before `start` too.
+    a line for a person, from any thread, before `start` too; `failure` before `image`, with one that failed, and why.
     """
 
     start: Callable[[Engine, int, Stream], None] = lambda engine, images, stream: None
     image: Callable[[dict[str, Any]], None] = lambda entry: None
     poll: Callable[[], None] = lambda: None
     report: Callable[[str], None] = lambda line: None
+    failure: Callable[[Source, HistosegError], None] = lambda source, error: None
 
 
 def infer(
@@ -90,13 +102,7 @@ def infer(
     """
     progress = progress or Progress()
     started = time.perf_counter()
-    check_tile(options.tile or plan.tile, plan.halo, plan.stride)
-    steps = plan.choose_postprocess(options.postprocess)
-    options.resolution(plan)  # what is wrong with it is told before any work
-    threshold = options.tissue_threshold if options.tissue_mask else None
-    outputs = Outputs(
-        out, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
-    )
+    outputs = make_outputs(plan, options, out, Outputs)
     sources = find_sources(inputs, out)
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
@@ -126,6 +132,17 @@ def infer(
     return totals, record
 
 
+def make_outputs(plan: Plan, options: InferOptions, folder: Path, kind: type[OutputsT]) -> OutputsT:
+    """The results that `options` ask for, in `folder`. Raises UsageError for options that do not go with the plan."""
+    check_tile(options.tile or plan.tile, plan.halo, plan.stride)
+    steps = plan.choose_postprocess(options.postprocess)
+    options.resolution(plan)  # what is wrong with it is told before any work
+    threshold = options.tissue_threshold if options.tissue_mask else None
+    return kind(
+        folder, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
+    )
+
+
 def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
     """The engine that `infer` takes for so many `images`; raises as `open_engine` does."""
     return open_engine(
@@ -143,9 +160,9 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
 def make_stream(
     engine: Engine,
     plan: Plan,
-    sources: Sequence[Source],
+    sources: Iterable[Source | None],
     outputs: Outputs,
-    manifest: Manifest,
+    manifest: Ledger,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
@@ -176,6 +193,7 @@ def make_stream(
         resolution=options.resolution(plan),
         key=run_key(plan.sha256, decisive),
         on_image=progress.image,
+        on_failure=progress.failure,
     )
 
 
