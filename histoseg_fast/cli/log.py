@@ -40,7 +40,7 @@ def write(level: str, event: str, text: str, **fields: Any) -> None:
     """One line. level : "info", "warning" or "error". event : what happened, in a word.
 
     As text it is `text`; as JSON an object of time, level, event, `fields` and, as message, `text`. Bytes of file names
-    that are no UTF-8 are written as \\udc80 to \\udcff with the backslash escaped: no reader of JSON stumbles over them.
+    that are no UTF-8 come as the six characters of \\udc80 to \\udcff: no reader of JSON stumbles over them.
     """
     line = one_line(text)
     if _json:

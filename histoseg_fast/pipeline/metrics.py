@@ -53,10 +53,10 @@ class MetricsFile:
     def poll(self) -> None:
         """Write the file where it is time to."""
         if time.monotonic() - self._written > WRITE_SECONDS:
-            self.write()
+            self.close()
 
-    def write(self) -> None:
-        """Write the file now, if the run has started."""
+    def close(self) -> None:
+        """Write the last figures, if the run had started."""
         try:
             self._write()
             self._failing = False

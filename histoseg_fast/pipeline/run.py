@@ -6,7 +6,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from histoseg_fast.pipeline.records import (
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
+from histoseg_fast.pipeline.watch import Watcher
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import check_integer, check_number
 from histoseg_fast.tiling import check_tile
@@ -51,7 +52,8 @@ class InferOptions:
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
-    reads it.
+    reads it. watch: whether to wait for images in the one input, a folder, until stopped, or until none came or changed
+    for `watch_idle` seconds.
     """
 
     device: str = "auto"
@@ -67,12 +69,16 @@ class InferOptions:
     level: int | None = None
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
+    watch: bool = False
+    watch_idle: float | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for numbers out of range; `tile` is checked with the plan."""
         for name in ("batch", "threads"):
             check_integer(name, getattr(self, name), MOST)
         check_number("tissue_threshold", self.tissue_threshold, MIN_THRESHOLD, MAX_THRESHOLD)
+        if self.watch_idle is not None and not self.watch:
+            raise UsageError("is of no use without --watch", where="--watch-idle", fix="give both")
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -81,11 +87,12 @@ class InferOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """What `infer` calls while it runs: `start` once, `image` as each is over, `poll` ten times a second, `report` with
-    a line for a person, from any thread, before `start` too; `failure` before `image`, with one that failed, and why.
+    """What `infer` calls while it runs: `start` once (images: None where they are still to come), `image` as each is
+    over, `poll` ten times a second, `report` with a line for a person, from any thread, before `start` too; `failure`
+    before `image`, with one that failed, and why.
     """
 
-    start: Callable[[Engine, int, Stream], None] = lambda engine, images, stream: None
+    start: Callable[[Engine, int | None, Stream], None] = lambda engine, images, stream: None
     image: Callable[[dict[str, Any]], None] = lambda entry: None
     poll: Callable[[], None] = lambda: None
     report: Callable[[str], None] = lambda line: None
@@ -103,17 +110,21 @@ def infer(
     progress = progress or Progress()
     started = time.perf_counter()
     outputs = make_outputs(plan, options, out, Outputs)
-    sources = find_sources(inputs, out)
+    watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
+    sources = find_sources(inputs, out) if watcher is None else []
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with open_stream_engine(plan, len(sources), options, progress.report) as engine:
+    with open_stream_engine(plan, len(sources) or CPU_STREAMS, options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
                 drop_run(out)
-                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
-                progress.start(engine, len(sources), stream)
+                if watcher is None:
+                    stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
+                else:
+                    stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
+                progress.start(engine, len(sources) if watcher is None else None, stream)
                 try:
                     totals = stream.run(progress.poll)
                 finally:
@@ -197,6 +208,25 @@ def make_stream(
     )
 
 
+def make_watching_stream(
+    engine: Engine,
+    plan: Plan,
+    watcher: Watcher,
+    outputs: Outputs,
+    manifest: Manifest,
+    options: InferOptions,
+    progress: Progress,
+) -> Stream:
+    """The stream of `infer` over what a watched folder gives."""
+
+    def over(entry: dict[str, Any]) -> None:
+        watcher.over(entry)
+        progress.image(entry)
+
+    sources = watcher.sources(dict(manifest.entries))
+    return make_stream(engine, plan, sources, outputs, manifest, options, replace(progress, image=over))
+
+
 def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
     totals, engine = stream.totals, stream.engine
     return {
@@ -210,7 +240,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "tile": stream.tile,
         "batch": stream.batch,
         "postprocess": stream.outputs.postprocess.as_json(),
-        "images_found": found,
+        "images_found": found or totals.done + totals.failed + totals.skipped,
         "images_done": totals.done,
         "images_failed": totals.failed,
         "images_skipped": totals.skipped,
