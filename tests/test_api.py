@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino  # noqa: F401 (before threads are counted: its import starts one)
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 import time
@@ -235,6 +236,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
                 if source is None:
                     break
                 watcher.over({"input": source.name})
+        gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
