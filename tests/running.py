@@ -15,7 +15,7 @@ import numpy as np
 from histoseg_fast.engines.base import Engine, Slot
 from histoseg_fast.images import write_png
 from histoseg_fast.labels import PAPER_PALETTE
-from histoseg_fast.pipeline.job import Outputs
+from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals

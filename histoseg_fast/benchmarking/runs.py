@@ -18,7 +18,7 @@ import numpy as np
 from histoseg_fast.engines.base import Engine, Slot, Wants
 from histoseg_fast.errors import HistosegError
 from histoseg_fast.machine import busy_seconds
-from histoseg_fast.pipeline.job import Outputs
+from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest, write_summary
 from histoseg_fast.pipeline.run import InferOptions, Progress, make_stream
 from histoseg_fast.pipeline.sources import Source

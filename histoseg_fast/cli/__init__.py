@@ -9,8 +9,21 @@ from typing import NoReturn
 import typer
 
 from histoseg_fast import __version__
-from histoseg_fast.cli import bench, compile, demo, doctor, evaluate, experiments, export, infer, inspect, report, train
-from histoseg_fast.errors import HistosegError, UsageError, one_line
+from histoseg_fast.cli import (
+    bench,
+    compile,
+    demo,
+    doctor,
+    evaluate,
+    experiments,
+    export,
+    infer,
+    inspect,
+    log,
+    report,
+    train,
+)
+from histoseg_fast.errors import HistosegError, UsageError
 
 app = typer.Typer(
     name="histoseg-fast",
@@ -37,20 +50,21 @@ def main() -> NoReturn:
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no failure
+    log.use("text")
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except HistosegError as error:
-        _say(str(error))
         code = 2 if isinstance(error, UsageError) else 1
+        _say(str(error), code)
     except BrokenPipeError:  # the reader of our output has gone; there is nobody left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except MemoryError:
-        _say("there is not enough memory; free some, or give it more")
         code = 1
+        _say("there is not enough memory; free some, or give it more", code)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own: wrong options and the like
             error.show()
@@ -58,10 +72,11 @@ def main() -> NoReturn:
         elif os.environ.get("HISTOSEG_TRACEBACK"):
             raise
         else:
-            _say(f"unexpected {type(error).__name__}: {error}; set HISTOSEG_TRACEBACK=1 to see where, and report it")
             code = 1
+            what = f"unexpected {type(error).__name__}: {error}"
+            _say(f"{what}; set HISTOSEG_TRACEBACK=1 to see where, and report it", code)
     sys.exit(code)
 
 
-def _say(text: str) -> None:
-    print(f"histoseg-fast: {one_line(text)}", file=sys.stderr)
+def _say(text: str, code: int) -> None:
+    log.write("error", "error", f"histoseg-fast: {text}", exit_code=code)

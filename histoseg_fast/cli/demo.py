@@ -16,6 +16,7 @@ def command(
 ) -> int:
     """Segment H&E-like fields with known labels with each shipped plan; compare speed and score, say where to look."""
     from histoseg_fast.cli import infer
+    from histoseg_fast.pipeline.run import InferOptions
     from histoseg_fast.plans import SHIPPED
 
     fields = out / "images"
@@ -24,22 +25,7 @@ def command(
     told, code = [], 0
     for name in SHIPPED:
         results = out / name
-        ended = infer.command(
-            [folder or str(fields)],
-            engine=name,
-            out=results,
-            device="auto",
-            precision="auto",
-            tile=0,
-            batch=0,
-            threads=0,
-            overlay=True,
-            geojson=False,
-            min_area=0,
-            exact_outlines=False,
-            probabilities=False,
-            postprocess="plan",
-        )
+        ended = infer.run([folder or str(fields)], name, results, InferOptions(overlay=True))
         if ended >= 128:
             return ended
         code = code or ended

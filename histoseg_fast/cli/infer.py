@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from histoseg_fast.errors import one_line
+from histoseg_fast.cli import log
+from histoseg_fast.cli.progress import Display, in_words
+from histoseg_fast.errors import UsageError, one_line
 
 if TYPE_CHECKING:
-    from histoseg_fast.engines import Engine
-    from histoseg_fast.pipeline.stream import Stream
+    from histoseg_fast.pipeline.run import InferOptions
 
 NAME = "infer"
-REPORT_SECONDS = 10.0
-"""Off a terminal, a line of progress at most this often."""
 
 
 def command(
@@ -51,6 +47,12 @@ def command(
     tissue_threshold: float = typer.Option(
         0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
     ),
+    watch: bool = typer.Option(False, "--watch", help="Wait for images in the one INPUT, a folder, until interrupted."),
+    watch_idle: float = typer.Option(
+        None, min=0, metavar="SECONDS", help="End --watch after so long without new images."
+    ),
+    log_format: str = typer.Option("text", help="Of what is said on stderr: text, or json, an object a line."),
+    metrics: Path = typer.Option(None, metavar="FILE.prom", help="Keep figures for Prometheus' node exporter there."),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -58,107 +60,62 @@ def command(
     3 some inputs failed (each named), 130 or 143 interrupted.
     """
     from histoseg_fast.images import OutlineOptions
-    from histoseg_fast.pipeline.run import InferOptions, Progress, infer
-    from histoseg_fast.plans import open_plan
+    from histoseg_fast.pipeline.run import InferOptions
 
+    if log_format not in log.FORMATS:
+        raise UsageError(f"unknown format {log_format!r}", where="--log-format", fix="choose text or json")
+    log.use(log_format)
     outlines = OutlineOptions(min_area, exact_outlines) if geojson else None
     options = InferOptions(
         *(device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level),
         tissue_mask=not no_tissue_mask,
         tissue_threshold=tissue_threshold,
+        watch=watch,
+        watch_idle=watch_idle,
     )
-    display = Display()
+    return run(inputs, engine, out, options, metrics)
+
+
+def run(inputs: Sequence[str], engine: str, out: Path, options: InferOptions, metrics: Path | None = None) -> int:
+    """Segment `inputs` with the plan `engine` into `out`, telling how it goes; the exit code.
+
+    metrics : where to write figures for Prometheus, None for nowhere.
+    """
+    from histoseg_fast.pipeline.metrics import MetricsFile
+    from histoseg_fast.pipeline.run import Progress, infer
+    from histoseg_fast.plans import open_plan
+
+    plan, display = open_plan(engine), Display()
+    observers: list[Any] = [display]
+    if metrics is not None:
+        observers.append(MetricsFile(metrics, plan.name, display.report))
+
+    def tell(event: str) -> Callable[..., None]:
+        def each(*what: object) -> None:
+            for observer in observers:
+                getattr(observer, event)(*what)
+
+        return each
+
     try:
         totals, record = infer(
-            open_plan(engine),
-            inputs,
-            out,
-            options,
-            Progress(display.start, display.image, display.poll, display.report),
+            plan, inputs, out, options, Progress(tell("start"), tell("image"), tell("poll"), display.report)
         )
     finally:
-        display.close()
-    rate = display.rate(totals.pixels - totals.glass, record["wall_seconds"])
-    print(
+        for observer in reversed(observers):
+            observer.close()
+    code = 128 + display.signal if display.signal else 3 if totals.failed else 0
+    if display.signal:
+        log.write("warning", "notice", "interrupted; run the same command again to go on")
+    rates = display.rates(totals.pixels - totals.glass, record["wall_seconds"])
+    text = (
         f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
-        f"{rate}; {record['plan']} plan on {record['device']}, "
+        f"{in_words(rates)}; {record['plan']} plan on {record['device']}, "
         f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
     )
-    if display.signal:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 128 + display.signal
-    return 3 if totals.failed else 0
-
-
-class Display:
-    """Progress for a person (a bar on a terminal) or a log (a line now and then), and what signals do.
-
-    The first Ctrl-C or SIGTERM lets the stream finish what is in flight; a second Ctrl-C ends at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal, self._told = 0, False
-        self._total = 0
-        self._bar: Any = None
-        self._stream: Any = None
-        self._terminal = sys.stderr.isatty()
-        self._last = self._started = time.perf_counter()
-        self._handlers: dict[int, Any] = {}
-
-    def start(self, engine: Engine, images: int, stream: Stream) -> None:
-        self._stream, self._total = stream, images
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._interrupt)
-        ran = f"{engine.name}, {engine.precision}; post-processing {stream.outputs.postprocess}"
-        print(f"{images} image(s) on {engine.device}: {ran}", file=sys.stderr)
-        if self._terminal:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=images, rate="")
-            self._bar.start()
-
-    def image(self, entry: dict[str, Any]) -> None:
-        if entry["status"] == "failed":
-            self._print(f"failed: {one_line(entry['error'])}")
-        for warning in entry.get("warnings", ()):
-            self._print(f"{one_line(entry['input'])}: {warning}")
-
-    def report(self, line: str) -> None:
-        self._print(one_line(line))
-
-    def poll(self) -> None:
-        if self.signal and not self._told:
-            self._told = True
-            self._print(f"{signal.Signals(self.signal).name}: finishing what is in flight")
-        totals, now = self._stream.totals, time.perf_counter()
-        over = totals.done + totals.failed + totals.skipped
-        if self._bar is not None:
-            self._bar.update(self._task, completed=over, rate=self.rate(totals.segmented, now - self._started))
-        elif now - self._last > REPORT_SECONDS:
-            self._last = now
-            self._print(f"{over} of {self._total}; {self.rate(totals.segmented, now - self._started)}")
-
-    def rate(self, pixels: int, seconds: float) -> str:
-        """Throughput so far, in words."""
-        return f"{self._stream.totals.done / seconds:.2f} images/s, {pixels / 1e6 / seconds:.2f} megapixels/s"
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _interrupt(self, number: int, _frame: object) -> None:
-        if self.signal and number == signal.SIGINT:
-            os._exit(128 + number)  # whatever is half written bears a temporary name, and the next run removes it
-        self.signal = number
-        self._stream.stop()  # `poll` says so: a handler that prints may meet the print it interrupted
-
-    def _print(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            sys.stderr.write(f"{line}\n")  # in one piece: several threads tell what they finished
+    if log.as_json():
+        figures = {name: value for name, value in record.items() if name not in ("arguments", "versions")}
+        log.write("info", "summary", text, **figures, **rates, out=str(out), exit_code=code)
+    else:
+        print(text)
+    return code

@@ -5,36 +5,22 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from histoseg_fast import _core
-from histoseg_fast.engines.base import Slot, Wants
+from histoseg_fast.engines.base import Slot
 from histoseg_fast.errors import EngineError, HistosegError
-from histoseg_fast.images import (
-    GeojsonWriter,
-    ImageSource,
-    MaskWriter,
-    OutlineOptions,
-    OverlayWriter,
-    OverviewWriter,
-    ProbabilityWriter,
-    PyramidWriter,
-    write_png,
-)
+from histoseg_fast.images import ImageSource, write_png
 from histoseg_fast.images.overview import overview_step
-from histoseg_fast.images.writing import BandWriter
-from histoseg_fast.labels import Palette
+from histoseg_fast.pipeline.outputs import OVERLAY_ALPHA, Outputs, Writer
 from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
-from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, Overview, Tissue, find_tissue
-from histoseg_fast.postprocess import NO_STEPS, PostProcessing
+from histoseg_fast.pipeline.tissue import Overview, Tissue, find_tissue
+from histoseg_fast.postprocess import NO_STEPS
 from histoseg_fast.tiling import TileGrid, reflect_indices
 
-OVERLAY_ALPHA = 90
-"""Weight of the class colour in an overlay's tint, of 255."""
 CONFIDENCE_ONE = 65535
 """The stitcher sums confidences as integers in this unit, so that sums do not depend on the tiles' order."""
 
@@ -43,41 +29,6 @@ GLASS_ROWS = 256
 GLASS_LOGIT = 20.0
 """The background's logit on glass, the others' being 0, where a step wants logits."""
 NO_OVERVIEW = "it has no small level to find glass on, so all of it was segmented"
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where results go and which are wanted. geojson : how to outline the classes, None for no such file.
-    tissue_threshold : as `find_tissue` reads it; None segments glass too.
-    """
-
-    folder: Path
-    palette: Palette
-    overlay: bool = False
-    geojson: OutlineOptions | None = None
-    probabilities: bool = False
-    postprocess: PostProcessing = NO_STEPS
-    tissue_threshold: float | None = DEFAULT_THRESHOLD
-
-    @property
-    def wants(self) -> Wants:
-        """What the engine has to give for them."""
-        return Wants(self.probabilities, self.postprocess.crf is not None)
-
-    def paths(self, stem: str, *, slide: bool) -> dict[str, str]:
-        """Output files of an image, relative to the folder, by their key in the manifest."""
-        wanted = {"mask": f"masks/{stem}.ome.tif" if slide else f"masks/{stem}.png"}
-        if slide:
-            wanted["overview"] = f"overviews/{stem}.png"
-        if slide and self.tissue_threshold is not None:
-            wanted["tissue"] = f"tissue/{stem}.png"
-        if self.overlay:
-            wanted["overlay"] = f"overlays/{stem}.jpg"
-        if self.geojson is not None:
-            wanted["geojson"] = f"geojson/{stem}.geojson"
-        if self.probabilities:
-            wanted["probabilities"] = f"probabilities/{stem}.tif"
-        return wanted
 
 
 @dataclass
@@ -138,7 +89,7 @@ class Job:
         self._steps = wanted.within(pixels)
         self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
-        self._writers: dict[str, BandWriter] = {}
+        self._writers: dict[str, Writer] = {}
         self.tissue_tiles = np.ones((len(self.grid.rows), len(self.grid.columns)), bool)
         self._overview: Overview | None = None
         self._tissue: Tissue | None = None
@@ -341,30 +292,10 @@ class Job:
     def _open_writers(self) -> None:
         for kind, path in self._paths().items():
             if kind != "tissue":
-                self._writers[kind] = self._open_writer(kind, self.outputs.folder / path)
+                self._writers[kind] = self.outputs.open_writer(kind, path, self.image, self._overview)
 
     def _paths(self) -> dict[str, str]:
         return self.outputs.paths(self.source.stem, slide=self.image.slide)
-
-    def _open_writer(self, kind: str, path: Path) -> BandWriter:
-        height, width, palette = self.grid.height, self.grid.width, self.outputs.palette
-        if kind == "mask" and self.image.slide:
-            return PyramidWriter(path, width, height, palette, self.image.mpp)
-        if kind == "mask":
-            return MaskWriter(path, width, height, palette.array)
-        if kind == "overview":
-            step, rgb = overview_step(height, width), None
-            if self._overview is not None:
-                step, rgb = self._overview.step, self._overview.rgb
-            return OverviewWriter(path, width, height, palette, OVERLAY_ALPHA, step, rgb)
-        if kind == "geojson":
-            assert self.outputs.geojson is not None
-            return GeojsonWriter(
-                path, width, height, palette.names, palette.array, self.outputs.geojson, self.image.scale
-            )
-        if kind == "overlay":
-            return OverlayWriter(path, width, height)
-        return ProbabilityWriter(path, width, height, palette.names)
 
     def finish(self) -> dict[str, Any]:
         """Put the outputs in place; their manifest fields. Raises ImageError (disk full)."""
@@ -372,7 +303,7 @@ class Job:
         paths = self._paths()
         for kind, writer in self._writers.items():
             files |= {kind: paths[kind], f"{kind}_sha256": writer.finish()}
-        if self._tissue is not None:
+        if self._tissue is not None and "tissue" in paths:
             mask = np.where(self._tissue.mask, np.uint8(255), np.uint8(0))
             files |= {
                 "tissue": paths["tissue"],

@@ -128,6 +128,12 @@ class Ring:
             self._free.append(batch.slot)
             self._changed.notify_all()
 
+    def flush(self) -> None:
+        """No more tiles are to be expected soon: submit what is open."""
+        with self._changed:
+            if self._open is not None:
+                self._close_open()
+
     def finish(self) -> None:
         """No more tiles will come: submit what is open."""
         with self._changed:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
-from histoseg_fast.errors import ImageError, UsageError
+from histoseg_fast.errors import HistosegError, ImageError, UsageError
 from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
-from histoseg_fast.pipeline.job import Outputs
+from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.records import (
     MANIFEST,
     Manifest,
@@ -29,12 +29,18 @@ from histoseg_fast.pipeline.records import (
 )
 from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
 from histoseg_fast.pipeline.stream import Stream, Totals
-from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD
+from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
+from histoseg_fast.pipeline.watch import Watcher
 from histoseg_fast.plan import Plan
+from histoseg_fast.postprocess import check_integer, check_number
 from histoseg_fast.tiling import check_tile
+
+OutputsT = TypeVar("OutputsT", bound=Outputs)
 
 CPU_STREAMS = 2
 """Batches that the CPU's cores work on side by side where there are several images: less waiting for one another."""
+MOST = 1024
+"""Largest batch and number of threads."""
 MAX_READERS = 4
 MAX_GPU_READERS = 16
 """A GPU takes images faster than a few threads decode them, and leaves the CPU to them."""
@@ -46,7 +52,8 @@ class InferOptions:
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
-    reads it.
+    reads it. watch: whether to wait for images in the one input, a folder, until stopped, or until none came or changed
+    for `watch_idle` seconds.
     """
 
     device: str = "auto"
@@ -62,6 +69,16 @@ class InferOptions:
     level: int | None = None
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
+    watch: bool = False
+    watch_idle: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for numbers out of range; `tile` is checked with the plan."""
+        for name in ("batch", "threads"):
+            check_integer(name, getattr(self, name), MOST)
+        check_number("tissue_threshold", self.tissue_threshold, MIN_THRESHOLD, MAX_THRESHOLD)
+        if self.watch_idle is not None and not self.watch:
+            raise UsageError("is of no use without --watch", where="--watch-idle", fix="give both")
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -70,14 +87,16 @@ class InferOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """What `infer` calls while it runs: `start` once, `image` as each is over, `poll` ten times a second, `report` with
-    a line for a person, from any thread, before `start` too.
+    """What `infer` calls while it runs: `start` once (images: None where they are still to come), `image` as each is
+    over, `poll` ten times a second, `report` with a line for a person, from any thread, before `start` too; `failure`
+    before `image`, with one that failed, and why.
     """
 
-    start: Callable[[Engine, int, Stream], None] = lambda engine, images, stream: None
+    start: Callable[[Engine, int | None, Stream], None] = lambda engine, images, stream: None
     image: Callable[[dict[str, Any]], None] = lambda entry: None
     poll: Callable[[], None] = lambda: None
     report: Callable[[str], None] = lambda line: None
+    failure: Callable[[Source, HistosegError], None] = lambda source, error: None
 
 
 def infer(
@@ -90,24 +109,22 @@ def infer(
     """
     progress = progress or Progress()
     started = time.perf_counter()
-    check_tile(options.tile or plan.tile, plan.halo, plan.stride)
-    steps = plan.choose_postprocess(options.postprocess)
-    options.resolution(plan)  # what is wrong with it is told before any work
-    threshold = options.tissue_threshold if options.tissue_mask else None
-    outputs = Outputs(
-        out, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
-    )
-    sources = find_sources(inputs, out)
+    outputs = make_outputs(plan, options, out, Outputs)
+    watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
+    sources = find_sources(inputs, out) if watcher is None else []
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
         raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with open_stream_engine(plan, len(sources), options, progress.report) as engine:
+    with open_stream_engine(plan, len(sources) or CPU_STREAMS, options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
                 drop_run(out)
-                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
-                progress.start(engine, len(sources), stream)
+                if watcher is None:
+                    stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
+                else:
+                    stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
+                progress.start(engine, len(sources) if watcher is None else None, stream)
                 try:
                     totals = stream.run(progress.poll)
                 finally:
@@ -124,6 +141,17 @@ def infer(
                 raise
             raise _unwritable(out, error) from error
     return totals, record
+
+
+def make_outputs(plan: Plan, options: InferOptions, folder: Path, kind: type[OutputsT]) -> OutputsT:
+    """The results that `options` ask for, in `folder`. Raises UsageError for options that do not go with the plan."""
+    check_tile(options.tile or plan.tile, plan.halo, plan.stride)
+    steps = plan.choose_postprocess(options.postprocess)
+    options.resolution(plan)  # what is wrong with it is told before any work
+    threshold = options.tissue_threshold if options.tissue_mask else None
+    return kind(
+        folder, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
+    )
 
 
 def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
@@ -143,9 +171,9 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
 def make_stream(
     engine: Engine,
     plan: Plan,
-    sources: Sequence[Source],
+    sources: Iterable[Source | None],
     outputs: Outputs,
-    manifest: Manifest,
+    manifest: Ledger,
     options: InferOptions,
     progress: Progress,
 ) -> Stream:
@@ -176,7 +204,27 @@ def make_stream(
         resolution=options.resolution(plan),
         key=run_key(plan.sha256, decisive),
         on_image=progress.image,
+        on_failure=progress.failure,
     )
+
+
+def make_watching_stream(
+    engine: Engine,
+    plan: Plan,
+    watcher: Watcher,
+    outputs: Outputs,
+    manifest: Manifest,
+    options: InferOptions,
+    progress: Progress,
+) -> Stream:
+    """The stream of `infer` over what a watched folder gives."""
+
+    def over(entry: dict[str, Any]) -> None:
+        watcher.over(entry)
+        progress.image(entry)
+
+    sources = watcher.sources(dict(manifest.entries))
+    return make_stream(engine, plan, sources, outputs, manifest, options, replace(progress, image=over))
 
 
 def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
@@ -192,7 +240,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "tile": stream.tile,
         "batch": stream.batch,
         "postprocess": stream.outputs.postprocess.as_json(),
-        "images_found": found,
+        "images_found": found or totals.done + totals.failed + totals.skipped,
         "images_done": totals.done,
         "images_failed": totals.failed,
         "images_skipped": totals.skipped,

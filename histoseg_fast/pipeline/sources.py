@@ -6,9 +6,12 @@ import glob
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
@@ -17,16 +20,21 @@ from histoseg_fast.pipeline.records import MANIFEST
 
 OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities", "overviews", "tissue")
 """Folders of results in `out`; never read as input."""
+T = TypeVar("T")
 READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share."""
+    """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share.
+
+    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file.
+    """
 
     path: Path
     name: str
     stem: str
+    pixels: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
@@ -46,13 +54,11 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
             raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES)))
         for path, name in matches:
             found.setdefault(os.path.abspath(path), (path, name))
-    for path in sorted(map(Path, found)):
-        if path.suffix.lower() in OF_SEVERAL_FILES and str(path) in found:
-            for companion in companions(path):
-                found.pop(str(companion), None)
-    stems = Counter(_stem(name).casefold() for _, name in found.values())
+    leave_out_companions(found)
+    stems = Counter(short_stem(name).casefold() for _, name in found.values())
     sources = [
-        Source(path, name, _stem(name) if stems[_stem(name).casefold()] == 1 else name) for path, name in found.values()
+        Source(path, name, short_stem(name) if stems[short_stem(name).casefold()] == 1 else name)
+        for path, name in found.values()
     ]
     sources.sort(key=lambda source: source.name)
     seen: dict[str, Source] = {}
@@ -65,12 +71,20 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     return sources
 
 
+def leave_out_companions(found: dict[str, T]) -> None:
+    """Leave the first file of each slide of several in `found`, by absolute paths."""
+    for path in sorted(map(Path, found)):
+        if path.suffix.lower() in OF_SEVERAL_FILES and str(path) in found:
+            for companion in companions(path):
+                found.pop(str(companion), None)
+
+
 def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
     path, results = Path(text), _results(out)
     if _inside(path, results):
         raise UsageError("holds results of this very --out", where=text, fix="use another --out")
     if os.path.isdir(path):
-        yield from _walk(path, out)
+        yield from walk(path, out, _unlisted)
     elif os.path.lexists(path):
         yield path, path.name
     elif glob.has_magic(text):
@@ -78,16 +92,17 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
             if _inside(Path(match), results):
                 continue
             if os.path.isdir(match):
-                yield from _walk(Path(match), out)
+                yield from walk(Path(match), out, _unlisted)
             elif Path(match).suffix.lower() in READ_SUFFIXES:
                 yield Path(match), Path(match).relative_to(_fixed_part(text)).as_posix()
     else:
         raise UsageError("no such file or folder", where=text)
 
 
-def _walk(root: Path, out: Path) -> Iterable[tuple[Path, str]]:
+def walk(root: Path, out: Path, onerror: Callable[[OSError], None]) -> Iterator[tuple[Path, str]]:
+    """The images below `root` as `find_sources` sees them: path and name. onerror : gets what cannot be listed."""
     skip = {os.path.realpath(out), *_results(out)}
-    for folder, folders, files in os.walk(root, onerror=_unlisted):
+    for folder, folders, files in os.walk(root, onerror=onerror):
         if MANIFEST in files:  # what another run wrote is no input
             folders[:] = [f for f in folders if f not in OUTPUT_FOLDERS]
         folders[:] = sorted(
@@ -118,5 +133,6 @@ def _inside(path: Path, folders: set[str]) -> bool:
     return any(str(parent) in folders for parent in (real, *real.parents))
 
 
-def _stem(name: str) -> str:
+def short_stem(name: str) -> str:
+    """`name` without its suffix, which its outputs are called where no other image shares it."""
     return str(PurePosixPath(name).with_suffix(""))

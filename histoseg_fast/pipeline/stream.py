@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,10 @@ import numpy as np
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
 from histoseg_fast.images import NATIVE, Resolution, open_image
+from histoseg_fast.images.array import ArraySource
 from histoseg_fast.images.content import OUT_OF_MEMORY
-from histoseg_fast.pipeline.job import Band, Job, Outputs
-from histoseg_fast.pipeline.records import Manifest
+from histoseg_fast.pipeline.job import Band, Job
+from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.tiling import TileGrid
@@ -43,8 +44,9 @@ STAGES = ("read", "engine", "stitch", "write")
 
 @dataclass
 class Totals:
-    """What a run has done so far: images by fate, pixels of done images and what of them is skipped glass, pixels
-    segmented so far (those of images in flight too), seconds by stage summed over images.
+    """What a run has done so far: images by fate (of one that came again, each time; failed counts as it stands now),
+    pixels of done images and what of them is skipped glass, pixels segmented so far (those of images in flight too),
+    seconds by stage summed over images.
     """
 
     done: int = 0
@@ -59,18 +61,21 @@ class Totals:
 class Stream:
     """One run of an engine over images.
 
-    sources : what to do, in this order. tile : tile size in pixels, halo included. batch : tiles a batch.
+    sources : what to do, in this order; taken one by one, from any thread. One that waits for images gives None several
+    times a second meanwhile, so that what was begun is finished, and a stop noticed. An image may come again.
+    tile : tile size in pixels, halo included. batch : tiles a batch.
     resolution : the grid that images are read on. key : digest of plan and options, as `Manifest.complete` wants it.
     on_image : called with each image's manifest entry ("done", "failed" or "skipped") from the thread that finished it.
+    on_failure : called before that with an image that failed, and why.
     workers : threads by stage.
     """
 
     def __init__(
         self,
         engine: Engine,
-        sources: Sequence[Source],
+        sources: Iterable[Source | None],
         outputs: Outputs,
-        manifest: Manifest,
+        manifest: Ledger,
         *,
         stride: int,
         halo: int,
@@ -81,20 +86,22 @@ class Stream:
         resolution: Resolution = NATIVE,
         key: str = "",
         on_image: Callable[[dict[str, Any]], None] = lambda entry: None,
+        on_failure: Callable[[Source, HistosegError], None] = lambda source, error: None,
     ):
         self.engine, self.outputs, self.manifest = engine, outputs, manifest
         self.stride, self.halo, self.tile, self.batch = stride, halo, tile, batch
-        self.resolution, self.key, self.on_image = resolution, key, on_image
+        self.resolution, self.key, self.on_image, self.on_failure = resolution, key, on_image, on_failure
         self.totals = Totals()
         self.workers = {"read": readers, "stitch": 1, "write": writers}
         self.fatal: BaseException | None = None
         self._ring = Ring(engine, engine.depth, batch, outputs.wants)
-        self._sources: Iterator[tuple[int, Source]] = iter(enumerate(sources))
+        self._sources: Iterator[tuple[int, Source | None]] = iter(enumerate(sources))
         self._queues: list[queue.Queue[tuple[Job, Band | None] | None]] = [
             queue.Queue(QUEUED_BANDS) for _ in range(writers)
         ]
         self._stop, self._dead = threading.Event(), threading.Event()
-        self._lock, self._big = threading.Lock(), threading.Lock()
+        self._lock, self._big, self._taking = threading.Lock(), threading.Lock(), threading.Lock()
+        self._failed: set[str] = set()
         self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
         self._stitcher = self._thread(self._stitch_batches, "stitcher")
         self._writers = [self._thread(self._write_bands, f"writer-{i}", q) for i, q in enumerate(self._queues)]
@@ -168,19 +175,25 @@ class Stream:
 
     def _read_images(self) -> None:
         while not self._stop.is_set() and not self._dead.is_set():
-            with self._lock:
+            with self._taking:
                 number, source = next(self._sources, (-1, None))
-            if source is None:
+            if source is not None:
+                self._read_image(number, source)
+            elif number < 0:
                 return
-            self._read_image(number, source)
+            else:  # nothing to do just now
+                self._ring.flush()
 
     def _read_image(self, number: int, source: Source) -> None:
         started = time.perf_counter()
         try:
             with _enough_memory(source):
-                image = open_image(source.path, self.resolution)
+                if source.pixels is None:
+                    image = open_image(source.path, self.resolution)
+                else:
+                    image = ArraySource(source.pixels, self.resolution)
         except ImageError as error:
-            return self._report(self._entry(source) | {"status": "failed", "error": str(error)})
+            return self._report_failure(source, error)
         paths = self.outputs.paths(source.stem, slide=image.slide)
         if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder, paths):
             with contextlib.suppress(ImageError):  # it changes just now: the next run will see
@@ -322,7 +335,7 @@ class Stream:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in FATAL_ERRNO:
                 raise
             if band is None or job.fail(error):  # else an earlier stage failed first, and its (job, None) follows
-                self._report(entry | {"status": "failed", "error": str(error)}, job)
+                self._report_failure(job.source, error, job)
             return True
         self._report(entry | {"status": "done", "error": None}, job)
         return True
@@ -333,6 +346,10 @@ class Stream:
         known = {} if job is None else {"sha256": job.image.sha256, "key": self.key, "warnings": job.warnings}
         return {"input": source.name, "path": os.path.abspath(source.path), **known, **engine}
 
+    def _report_failure(self, source: Source, error: HistosegError, job: Job | None = None) -> None:
+        self.on_failure(source, error)
+        self._report(self._entry(source, job) | {"status": "failed", "error": str(error)}, job)
+
     def _report(self, entry: dict[str, Any], job: Job | None = None) -> None:
         if job is not None:
             seconds = {stage: round(s, 6) for stage, s in job.seconds.items()}
@@ -340,6 +357,11 @@ class Stream:
         if entry["status"] != "skipped":
             self.manifest.add(entry)
         with self._lock:
+            if entry["input"] in self._failed:  # it came again, and what it is now counts
+                self._failed.remove(entry["input"])
+                self.totals.failed -= 1
+            if entry["status"] == "failed":
+                self._failed.add(entry["input"])
             setattr(self.totals, entry["status"], getattr(self.totals, entry["status"]) + 1)
             if entry["status"] == "done":
                 self.totals.pixels += entry["width"] * entry["height"]

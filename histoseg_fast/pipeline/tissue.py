@@ -22,6 +22,9 @@ from histoseg_fast.tiling import TileGrid
 DEFAULT_THRESHOLD = 0.03
 """Optical density under which a pixel is glass: of white 243, what is darker than 227 in no channel."""
 
+MIN_THRESHOLD, MAX_THRESHOLD = 0.001, 1.0
+"""What it can be set to."""
+
 MARGIN = 128
 """Pixels of the slide that count as tissue around all tissue, at least one pixel of the overview."""
 

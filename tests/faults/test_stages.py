@@ -1,5 +1,5 @@
-"""A signal, a bug, no memory or a clock that runs backwards, in every stage of a run: one line, the right exit code, and
-the next run ends as if nothing had happened.
+"""A signal, a bug, no memory or a clock that runs backwards, in every stage of a run: one line, the right exit code,
+and the next run ends as if nothing had happened.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from histoseg_fast.images import MaskWriter, write_png
 from histoseg_fast.images.content import Content
 from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.pipeline import stream as stream_module
-from histoseg_fast.pipeline.job import Job, Outputs
+from histoseg_fast.pipeline.job import Job
+from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source

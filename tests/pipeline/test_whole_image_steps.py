@@ -15,7 +15,7 @@ from running import FakeEngine, entries, make_pictures, picture, results, run_st
 from histoseg_fast import _core, postprocess
 from histoseg_fast.engines import Engine, open_engine, run_tiled
 from histoseg_fast.images import GeojsonWriter, MaskWriter, OutlineOptions, OverlayWriter, write_png
-from histoseg_fast.pipeline.job import OVERLAY_ALPHA
+from histoseg_fast.pipeline.outputs import OVERLAY_ALPHA
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import CrfOptions, PostProcessing
 
