@@ -9,7 +9,20 @@ from typing import NoReturn
 import typer
 
 from histoseg_fast import __version__
-from histoseg_fast.cli import bench, compile, demo, doctor, evaluate, experiments, export, infer, inspect, report, train
+from histoseg_fast.cli import (
+    bench,
+    compile,
+    demo,
+    doctor,
+    evaluate,
+    experiments,
+    export,
+    infer,
+    inspect,
+    merge,
+    report,
+    train,
+)
 from histoseg_fast.errors import HistosegError, UsageError, one_line
 
 app = typer.Typer(
@@ -20,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (infer, report, demo, inspect, doctor, compile, evaluate, train, experiments, export, bench):
+for module in (infer, merge, report, demo, inspect, doctor, compile, evaluate, train, experiments, export, bench):
     app.command(module.NAME)(module.command)
 
 

@@ -51,6 +51,7 @@ def command(
     tissue_threshold: float = typer.Option(
         0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
     ),
+    shard: str = typer.Option("", metavar="I/N", help="Do only the I-th of N shares of the images (see `merge`)."),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -59,6 +60,7 @@ def command(
     """
     from histoseg_fast.images import OutlineOptions
     from histoseg_fast.pipeline.run import InferOptions, Progress, infer
+    from histoseg_fast.pipeline.shards import Shard
     from histoseg_fast.plans import open_plan
 
     outlines = OutlineOptions(min_area, exact_outlines) if geojson else None
@@ -66,6 +68,7 @@ def command(
         *(device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level),
         tissue_mask=not no_tissue_mask,
         tissue_threshold=tissue_threshold,
+        shard=Shard.parse(shard) if shard else None,
     )
     display = Display()
     try:

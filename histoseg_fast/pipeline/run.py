@@ -14,20 +14,21 @@ import numpy as np
 
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
-from histoseg_fast.errors import ImageError, UsageError
+from histoseg_fast.errors import ImageError
 from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.job import Outputs
 from histoseg_fast.pipeline.records import (
-    MANIFEST,
     Manifest,
     clear_partials,
     drop_run,
     run_key,
+    unwritable,
     write_run,
     write_summary,
 )
-from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
+from histoseg_fast.pipeline.shards import Shard, Share, take_share
+from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD
 from histoseg_fast.plan import Plan
@@ -46,7 +47,7 @@ class InferOptions:
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
-    reads it.
+    reads it. shard: the part of the images to do (None: all); it decides nothing about an image's outputs.
     """
 
     device: str = "auto"
@@ -62,6 +63,7 @@ class InferOptions:
     level: int | None = None
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
+    shard: Shard | None = None
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -97,10 +99,12 @@ def infer(
     outputs = Outputs(
         out, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
     )
-    sources = find_sources(inputs, out)
-    foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
-    if foreign and not (out / MANIFEST).exists():
-        raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
+    found = find_sources(inputs, out)
+    share = None if options.shard is None else take_share(found, options.shard)
+    sources = found if share is None else share.sources
+    if share is not None:
+        progress.report(str(share))
+    refuse_foreign(out)
     with open_stream_engine(plan, len(sources), options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
@@ -116,13 +120,13 @@ def infer(
                     arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
                     record = {
                         "arguments": arguments,
-                        **_record(plan, stream, len(sources), time.perf_counter() - started),
+                        **_record(plan, stream, len(found), share, time.perf_counter() - started),
                     }
                     write_run(out, record)
         except OSError as error:
             if isinstance(error, ImageError):
                 raise
-            raise _unwritable(out, error) from error
+            raise unwritable(out, error) from error
     return totals, record
 
 
@@ -133,7 +137,7 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
         device=options.device,
         precision=options.precision,
         threads=options.threads,
-        streams=min(CPU_STREAMS, images, options.threads or available_cores()),
+        streams=max(1, min(CPU_STREAMS, images, options.threads or available_cores())),
         tile=options.tile,
         batch=options.batch,
         report=report,
@@ -179,12 +183,13 @@ def make_stream(
     )
 
 
-def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
+def _record(plan: Plan, stream: Stream, found: int, share: Share | None, wall: float) -> dict[str, Any]:
     totals, engine = stream.totals, stream.engine
     return {
         "versions": versions(engine),
         "plan": plan.name,
         "plan_sha256": plan.sha256,
+        "classes": plan.palette.names,
         "key": stream.key,
         "device": engine.device,
         "engine": engine.name,
@@ -192,6 +197,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "tile": stream.tile,
         "batch": stream.batch,
         "postprocess": stream.outputs.postprocess.as_json(),
+        "shard": None if share is None else share.as_json(),
         "images_found": found,
         "images_done": totals.done,
         "images_failed": totals.failed,
@@ -214,8 +220,3 @@ def versions(engine: Engine) -> dict[str, str]:
         "engine": engine.name,
         "platform": platform.platform(),
     }
-
-
-def _unwritable(out: Path, error: OSError) -> ImageError:
-    reason = error.strerror or str(error)
-    return ImageError(f"cannot be written: {reason}", where=out, fix="choose another --out, or free space")
