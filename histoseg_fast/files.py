@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +16,9 @@ TEMPORARY_SUFFIX = ".partial"
 
 BLOCK_BYTES = 1 << 20
 """Files are read and digested in pieces of this size."""
+
+NO_LINK_ERRNO = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""How systems say that a hard link cannot be made here, or not to this file."""
 
 
 def refuse_irregular(path: str | os.PathLike[str]) -> None:
@@ -40,9 +43,7 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
     target = Path(path)
     refuse_irregular(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # 40 characters are at most 160 bytes, so that the whole name stays under the usual limit of 255. Nobody can guess
-    # the rest, so in a folder that others may write to, no link waits there.
-    partial = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}")
+    partial = _partial(target)
     stream = open(partial, "xb")  # noqa: SIM115 (closed below, where a full disk may refuse its last bytes)
     try:
         yield stream
@@ -67,6 +68,37 @@ def read_at_most(file: BinaryIO, limit: int) -> bytes:
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
+
+
+def _partial(target: Path) -> Path:
+    """A name beside `target` for what is not whole yet, another one on every call."""
+    # 40 characters are at most 160 bytes, so that the whole name stays under the usual limit of 255. Nobody can guess
+    # the rest, so in a folder that others may write to, no link waits there.
+    return target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}")
+
+
+def atomic_link(source: Path, target: Path, check: Callable[[Path], None]) -> bool:
+    """Make `target` a hard link to the regular file `source`; False where the file system cannot link them.
+
+    check : called with a link to the bytes that `target` will have; what it raises leaves `target` as it was. Missing
+    parent folders are made. Raises OSError as the file system does, FileNotFoundError where there is no `source`.
+    """
+    refuse_irregular(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    try:
+        os.link(source, partial)
+    except OSError as error:
+        if error.errno in NO_LINK_ERRNO:
+            return False
+        raise
+    try:
+        check(partial)
+        os.replace(partial, target)
+    finally:  # renaming one link to a file over another one leaves both
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    return True
 
 
 def sha256_of(file: BinaryIO) -> str:

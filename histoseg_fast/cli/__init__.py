@@ -20,6 +20,7 @@ from histoseg_fast.cli import (
     infer,
     inspect,
     log,
+    merge,
     report,
     train,
 )
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (infer, report, demo, inspect, doctor, compile, evaluate, train, experiments, export, bench):
+for module in (infer, merge, report, demo, inspect, doctor, compile, evaluate, train, experiments, export, bench):
     app.command(module.NAME)(module.command)
 
 

@@ -53,6 +53,7 @@ def command(
     ),
     log_format: str = typer.Option("text", help="Of what is said on stderr: text, or json, an object a line."),
     metrics: Path = typer.Option(None, metavar="FILE.prom", help="Keep figures for Prometheus' node exporter there."),
+    shard: str = typer.Option("", metavar="I/N", help="Do only the I-th of N shares of the images (see `merge`)."),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -61,6 +62,7 @@ def command(
     """
     from histoseg_fast.images import OutlineOptions
     from histoseg_fast.pipeline.run import InferOptions
+    from histoseg_fast.pipeline.shards import Shard
 
     if log_format not in log.FORMATS:
         raise UsageError(f"unknown format {log_format!r}", where="--log-format", fix="choose text or json")
@@ -72,6 +74,7 @@ def command(
         tissue_threshold=tissue_threshold,
         watch=watch,
         watch_idle=watch_idle,
+        shard=Shard.parse(shard) if shard else None,
     )
     return run(inputs, engine, out, options, metrics)
 

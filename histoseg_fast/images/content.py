@@ -33,13 +33,14 @@ HEAD_BYTES = 132
 def read_head(path: str | os.PathLike[str]) -> bytes:
     """The first `HEAD_BYTES` bytes of a regular file, or all it has. ImageError where it cannot be read."""
     try:
-        with _open_regular(Path(path)) as file:
+        with open_regular(Path(path)) as file:
             return file.read(HEAD_BYTES)
     except (OSError, ValueError) as error:
         raise _unreadable(Path(path), error) from error
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, unbuffered. ImageError where it is none, OSError or ValueError where it cannot be opened."""
     # Looked at before it is opened: opening a named pipe would wait for ever.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ImageError("is not a regular file", where=path, fix="give an image file")
@@ -61,7 +62,7 @@ class Content:
         """Open, read or digest `path`. ImageError where that cannot be done."""
         self.path = Path(path)
         try:
-            file = _open_regular(self.path)  # closed by close()
+            file = open_regular(self.path)  # closed by close()
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, error) from error
         try:
@@ -143,7 +144,7 @@ class FileSet:
 
     def _digest(self, file: Path) -> str:
         try:
-            with _open_regular(file) as stream:
+            with open_regular(file) as stream:
                 self._stamps[file] = _stamp(os.fstat(stream.fileno()))
                 return sha256_of(stream)
         except (OSError, ValueError) as error:

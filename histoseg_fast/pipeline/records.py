@@ -9,11 +9,11 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from histoseg_fast.errors import UsageError
+from histoseg_fast.errors import DataError, ImageError, UsageError
 from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, refuse_irregular, sha256_of
 
 MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
@@ -29,9 +29,8 @@ class Manifest:
     def __init__(self, out: Path):
         self.path = out / MANIFEST
         out.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, out / LOCK):
-            refuse_irregular(path)
-        self._lock_file = _lock(out / LOCK)
+        refuse_irregular(self.path)
+        self._lock_file = lock_folder(out)
         self._lock = threading.Lock()
         self.entries, whole = read_entries(self.path)
         self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
@@ -83,8 +82,10 @@ def read_entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     return entries, whole
 
 
-def _lock(path: Path) -> io.IOBase:
-    stream = open(path, "ab")  # noqa: SIM115 (the lock lives as long as the file is open)
+def lock_folder(out: Path) -> io.IOBase:
+    """Keep other runs out of `out` until what is returned is closed. UsageError where another run is in it."""
+    refuse_irregular(out / LOCK)
+    stream = open(out / LOCK, "ab")  # noqa: SIM115 (the lock lives as long as the file is open)
     try:
         import fcntl
     except ImportError:  # Windows: opened for appending by two runs, it is not refused there
@@ -95,7 +96,7 @@ def _lock(path: Path) -> io.IOBase:
         stream.close()
         if isinstance(error, BlockingIOError):
             raise UsageError(
-                "another run is writing here", where=path.parent, fix="wait for it, or use another --out"
+                "another run is writing here", where=out, fix="wait for it, or use another --out"
             ) from None
     return stream
 
@@ -129,20 +130,24 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     scores_of = ["tumour_stroma_ratio", "mean_confidence", "mpp"]
     writer.writerow(["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"])
     for entry in sorted(entries, key=lambda e: e["input"]):
-        if entry["status"] != "done":
-            continue
-        counts = [int(entry["pixels"][name]) for name in classes]
-        total = sum(counts)
-        shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
-        ratio = tumour_stroma_ratio(entry["pixels"])
-        scores = ["" if score is None else f"{score:.6f}" for score in (ratio, entry["mean_confidence"])]
-        mpp = entry.get("mpp")
-        sizes = ["" for _ in areas] if mpp is None else [f"{count * mpp * mpp:.1f}" for count in counts]
-        shown = "" if mpp is None else f"{mpp:.6g}"
-        size = entry["width"], entry["height"]
-        writer.writerow([entry["input"], *size, *shares, *scores, shown, *sizes, entry["glass_pixels"]])
+        if entry["status"] == "done":
+            writer.writerow(summary_row(entry, classes))
     with atomic_write(out / SUMMARY) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def summary_row(entry: Mapping[str, Any], classes: Sequence[str]) -> list[object]:
+    """The row of a done image. KeyError, TypeError, ValueError or ArithmeticError where its line makes no sense."""
+    counts = [int(entry["pixels"][name]) for name in classes]
+    total = sum(counts)
+    shares = [x for count in counts for x in (count, f"{count / total:.6f}")]
+    ratio = tumour_stroma_ratio(entry["pixels"])
+    scores = ["" if score is None else f"{score:.6f}" for score in (ratio, entry["mean_confidence"])]
+    mpp = entry.get("mpp")
+    sizes = ["" for _ in classes] if mpp is None else [f"{count * mpp * mpp:.1f}" for count in counts]
+    shown = "" if mpp is None else f"{mpp:.6g}"
+    size = entry["width"], entry["height"]
+    return [entry["input"], *size, *shares, *scores, shown, *sizes, entry["glass_pixels"]]
 
 
 def tumour_stroma_ratio(pixels: Mapping[str, int]) -> float | None:
@@ -157,14 +162,42 @@ def write_run(out: Path, record: Mapping[str, Any]) -> None:
         stream.write((json.dumps(record, indent=1, default=os.fspath) + "\n").encode())
 
 
+def read_run(out: Path) -> dict[str, Any]:
+    """DIR/run.json; empty where there is none. DataError where it is damaged, OSError where it cannot be read."""
+    path = out / RUN
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise DataError("is damaged", where=path, fix="run infer into this folder again; what is complete is skipped")
+    return record
+
+
 def drop_run(out: Path) -> None:
     """Remove the run.json of an earlier run: while there is none, a run is going on, or was cut off."""
     (out / RUN).unlink(missing_ok=True)
 
 
+def unwritable(out: Path, error: OSError) -> ImageError:
+    """What to raise where nothing can be written to `out`."""
+    reason = error.strerror or str(error)
+    return ImageError(
+        f"cannot be written: {reason}", where=error.filename or out, fix="choose another --out, or free space"
+    )
+
+
 def clear_partials(out: Path) -> None:
-    """Remove the half-written files that a killed run left in `out`; the lock must be held."""
-    for folder, _, files in os.walk(out):
+    """Remove the half-written files that a killed run left in `out`; the lock must be held.
+
+    Folders of other runs below it are left alone.
+    """
+    for folder, folders, files in os.walk(out):
+        if MANIFEST in files and Path(folder) != out:
+            folders.clear()
+            continue
         for file in files:
             if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
                 with contextlib.suppress(OSError):

@@ -19,15 +19,16 @@ from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.records import (
-    MANIFEST,
     Manifest,
     clear_partials,
     drop_run,
     run_key,
+    unwritable,
     write_run,
     write_summary,
 )
-from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, Source, find_sources
+from histoseg_fast.pipeline.shards import Shard, Share, take_share
+from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign
 from histoseg_fast.pipeline.stream import Stream, Totals
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
 from histoseg_fast.pipeline.watch import Watcher
@@ -52,8 +53,9 @@ class InferOptions:
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
-    reads it. watch: whether to wait for images in the one input, a folder, until stopped, or until none came or changed
-    for `watch_idle` seconds.
+    reads it. shard: the part of the images to do (None: all); it decides nothing about an image's outputs.
+    watch: whether to wait for images in the one input, a folder, until stopped, or until none came or changed for
+    `watch_idle` seconds.
     """
 
     device: str = "auto"
@@ -69,6 +71,7 @@ class InferOptions:
     level: int | None = None
     tissue_mask: bool = True
     tissue_threshold: float = DEFAULT_THRESHOLD
+    shard: Shard | None = None
     watch: bool = False
     watch_idle: float | None = None
 
@@ -79,6 +82,8 @@ class InferOptions:
         check_number("tissue_threshold", self.tissue_threshold, MIN_THRESHOLD, MAX_THRESHOLD)
         if self.watch_idle is not None and not self.watch:
             raise UsageError("is of no use without --watch", where="--watch-idle", fix="give both")
+        if self.shard is not None and self.watch:
+            raise UsageError("the images to come cannot be dealt out", where="--shard", fix="leave --watch out")
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -111,11 +116,14 @@ def infer(
     started = time.perf_counter()
     outputs = make_outputs(plan, options, out, Outputs)
     watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
-    sources = find_sources(inputs, out) if watcher is None else []
-    foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
-    if foreign and not (out / MANIFEST).exists():
-        raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
-    with open_stream_engine(plan, len(sources) or CPU_STREAMS, options, progress.report) as engine:
+    found = find_sources(inputs, out) if watcher is None else []
+    share = None if options.shard is None else take_share(found, options.shard)
+    sources = found if share is None else share.sources
+    if share is not None:
+        progress.report(str(share))
+    refuse_foreign(out)
+    streams = len(sources) if watcher is None else CPU_STREAMS
+    with open_stream_engine(plan, streams, options, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
@@ -133,13 +141,13 @@ def infer(
                     arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
                     record = {
                         "arguments": arguments,
-                        **_record(plan, stream, len(sources), time.perf_counter() - started),
+                        **_record(plan, stream, len(found), share, time.perf_counter() - started),
                     }
                     write_run(out, record)
         except OSError as error:
             if isinstance(error, ImageError):
                 raise
-            raise _unwritable(out, error) from error
+            raise unwritable(out, error) from error
     return totals, record
 
 
@@ -161,7 +169,7 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
         device=options.device,
         precision=options.precision,
         threads=options.threads,
-        streams=min(CPU_STREAMS, images, options.threads or available_cores()),
+        streams=max(1, min(CPU_STREAMS, images, options.threads or available_cores())),
         tile=options.tile,
         batch=options.batch,
         report=report,
@@ -227,12 +235,13 @@ def make_watching_stream(
     return make_stream(engine, plan, sources, outputs, manifest, options, replace(progress, image=over))
 
 
-def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, Any]:
+def _record(plan: Plan, stream: Stream, found: int, share: Share | None, wall: float) -> dict[str, Any]:
     totals, engine = stream.totals, stream.engine
     return {
         "versions": versions(engine),
         "plan": plan.name,
         "plan_sha256": plan.sha256,
+        "classes": plan.palette.names,
         "key": stream.key,
         "device": engine.device,
         "engine": engine.name,
@@ -240,6 +249,7 @@ def _record(plan: Plan, stream: Stream, found: int, wall: float) -> dict[str, An
         "tile": stream.tile,
         "batch": stream.batch,
         "postprocess": stream.outputs.postprocess.as_json(),
+        "shard": None if share is None else share.as_json(),
         "images_found": found or totals.done + totals.failed + totals.skipped,
         "images_done": totals.done,
         "images_failed": totals.failed,
@@ -262,10 +272,3 @@ def versions(engine: Engine) -> dict[str, str]:
         "engine": engine.name,
         "platform": platform.platform(),
     }
-
-
-def _unwritable(out: Path, error: OSError) -> ImageError:
-    reason = error.strerror or str(error)
-    return ImageError(
-        f"cannot be written: {reason}", where=error.filename or out, fix="choose another --out, or free space"
-    )

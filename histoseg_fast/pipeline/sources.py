@@ -79,6 +79,13 @@ def leave_out_companions(found: dict[str, T]) -> None:
                 found.pop(str(companion), None)
 
 
+def refuse_foreign(out: Path) -> None:
+    """UsageError where `out` holds folders that are called like results and that no run wrote."""
+    foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
+    if foreign and not (out / MANIFEST).exists():
+        raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
+
+
 def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
     path, results = Path(text), _results(out)
     if _inside(path, results):

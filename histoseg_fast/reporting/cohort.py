@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from histoseg_fast.errors import DataError, UsageError
 from histoseg_fast.images.source import MAX_SIDE
 from histoseg_fast.labels import MAX_CLASSES
-from histoseg_fast.pipeline.records import MANIFEST, RUN, read_entries, tumour_stroma_ratio
+from histoseg_fast.pipeline.records import MANIFEST, read_entries, read_run, tumour_stroma_ratio
 
 UNKNOWN_COLOUR = (128, 128, 128)
 """Of a class where no mask is left to tell."""
@@ -89,7 +88,7 @@ def read_cohort(folder: Path) -> Cohort:
         raise UsageError(f"holds no run: there is no {MANIFEST}", where=folder, fix=fix)
     try:
         entries, _ = read_entries(folder / MANIFEST)
-        record = _read_record(folder / RUN)
+        record = read_run(folder)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=error.filename or folder) from error
     key = record.get("key") or next((e["key"] for e in reversed(entries.values()) if e.get("key")), None)
@@ -99,18 +98,6 @@ def read_cohort(folder: Path) -> Cohort:
     rows.sort(key=lambda row: row.name)
     others, unreadable = len(entries) - len(mine), len(mine) - len(rows)
     return Cohort(folder, record, classes, _colours(folder, rows, len(classes)), tuple(rows), others, unreadable)
-
-
-def _read_record(path: Path) -> Mapping[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise DataError("is damaged", where=path, fix="run infer into this folder again; what is complete is skipped")
-    return record
 
 
 def _classes(entries: list[dict[str, Any]]) -> tuple[str, ...]:
