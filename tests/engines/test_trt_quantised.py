@@ -79,8 +79,9 @@ def network(channels=16, extra=(), **more):
 
 def rounded(x, limit, precision):
     """`x` in 8 bits and back, with an fp16 scale."""
-    limit = torch.as_tensor(limit, dtype=torch.float64)
-    scale = (limit / {"int8": 127, "fp8": 448}[precision]).half().double()
+    exact = torch.as_tensor(limit, dtype=torch.float64) / {"int8": 127, "fp8": 448}[precision]
+    scale = exact.half()
+    scale = torch.where(scale.double() < exact, (scale.view(torch.int16) + 1).view(torch.half), scale).double()
     if precision == "int8":
         return torch.clamp(torch.round(x / scale), -128, 127) * scale
     return (x / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale
@@ -199,7 +200,7 @@ def test_a_range_of_the_last_convolution_changes_nothing():
 
 
 def test_weights_at_the_ends_of_fp16():
-    """Scales are never 0, and what they cannot reach is cut, not wrapped around."""
+    """Scales are never 0, and no weight lies beyond what they reach."""
     weights = np.full((16, 16, 3, 3), 1e-9, np.float32)
     weights[0], weights[1, 0, 0, 0] = 60000, 1e-4
     for precision in EIGHT_BITS:
@@ -208,8 +209,10 @@ def test_weights_at_the_ends_of_fp16():
         (dequantise,) = (n for n in model.graph.node if n.input[0].startswith("b.weight"))
         stored, scale = (values[name].astype(np.float64) for name in dequantise.input[:2])
         assert scale.min() == SMALLEST and np.isfinite(scale).all()
-        back = stored * scale.reshape(-1, 1, 1, 1)
-        assert abs(back[0] - 60000).max() < 40 and abs(back[1:] - weights[1:]).max() < SMALLEST
+        scale = scale.reshape(-1, 1, 1, 1)
+        wrong = np.abs(stored * scale - weights)
+        allowed = scale / 2 if precision == "int8" else np.maximum(scale * 2**-10, np.abs(weights) / 16)
+        assert (wrong <= 1.001 * allowed).all()
 
 
 # -- what the shipped plans lose: predicted here, measured on a GPU by `compile --tensorrt` -------
@@ -221,8 +224,8 @@ def test_weights_at_the_ends_of_fp16():
     [
         ("fast", 512, "int8", 0.996),
         ("fast", 512, "fp8", 0.99),
-        ("final", 192, "int8", 0.99),
-        ("final", 192, "fp8", 0.99),
+        ("final", 256, "int8", 0.99),
+        ("final", 256, "fp8", 0.99),
     ],
 )
 def test_agreement_of_the_shipped_plans(name, side, precision, least):

@@ -119,10 +119,11 @@ def _dequantised_weights(layer: Layer, constants: dict[str, np.ndarray], precisi
 
 
 def _scale(limit: np.ndarray, precision: str) -> np.ndarray:
-    """fp16; infinite where the limit is beyond it, never 0, which TensorRT refuses."""
+    """The least fp16 that takes `limit` to the largest value: never 0, which TensorRT refuses; infinite beyond fp16."""
+    exact = limit / LARGEST[precision]
     with np.errstate(over="ignore", under="ignore"):
-        scale = (limit / LARGEST[precision]).astype(np.float16)
-    return np.maximum(scale, np.finfo(np.float16).smallest_subnormal)
+        scale = exact.astype(np.float16)
+        return np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
 
 
 def _eight_bits(values: np.ndarray, precision: str) -> np.ndarray:
