@@ -36,6 +36,10 @@ def command(
             overlay=True,
             probabilities=False,
             postprocess="plan",
+            mpp=None,
+            level=None,
+            no_tissue_mask=False,
+            tissue_threshold=infer.TISSUE_THRESHOLD,
         )
         if ended >= 128:
             return ended

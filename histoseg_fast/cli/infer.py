@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 NAME = "infer"
 REPORT_SECONDS = 10.0
 """Off a terminal, a line of progress at most this often."""
+TISSUE_THRESHOLD = 0.03
+"""That of `pipeline.tissue`, which is imported when it is needed."""
 
 
 def command(
@@ -38,11 +40,11 @@ def command(
         metavar="SPEC",
         help='Steps after the network, e.g. "min_island=64" or "crf" (plan: what the plan records; none).',
     ),
-    mpp: float = typer.Option(None, help="Micrometres a pixel to read at (default: slides at the plan's)."),
-    level: int = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
+    mpp: float | None = typer.Option(None, help="Micrometres a pixel to read at (default: slides at the plan's)."),
+    level: int | None = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
     no_tissue_mask: bool = typer.Option(False, "--no-tissue-mask", help="Segment the glass of slides too."),
     tissue_threshold: float = typer.Option(
-        0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
+        TISSUE_THRESHOLD, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
     ),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
