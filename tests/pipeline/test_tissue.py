@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +100,7 @@ def test_the_margin_is_a_square(height, width, radius, seed):
 
 
 def test_the_command_line_has_the_same_default():
-    option = inspect.signature(infer_command.command).parameters["tissue_threshold"].default
-    assert option.default == DEFAULT_THRESHOLD
+    assert infer_command.TISSUE_THRESHOLD == DEFAULT_THRESHOLD
 
 
 @pytest.mark.parametrize("step", [1, 16, 32])
