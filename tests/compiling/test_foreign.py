@@ -108,7 +108,7 @@ def test_on_the_command_line(
         ([str(file), "--classes", "a=0,0,0;b=1,1,1"], "name as many --classes"),
         ([str(file), "--classes", CLASSES, "--std", "0,1,1"], "deviations above 0"),
         ([str(file), "--classes", CLASSES, "--mean", "a"], "are no numbers"),
-        ([str(file), "--classes", CLASSES, "--precision", "int8"], "runs in floating point"),
+        ([str(file), "--classes", CLASSES, "--precision", "int8"], "runs in 16 bits or more"),
         ([str(tmp_path / "none.onnx"), "--classes", CLASSES], "no such ONNX file"),
     ]:
         assert run(*arguments, "-o", str(tmp_path / "no.plan")) in (1, 2)

@@ -104,7 +104,8 @@ def _pair(tensor: str, limit: float, constants: dict[str, np.ndarray], precision
 def _dequantised_weights(layer: Layer, constants: dict[str, np.ndarray], precision: str) -> onnx.NodeProto:
     """The node that gives the weights of `layer`, rounded by output channel.
 
-    Those of a transposed convolution are rounded as one: TensorRT refuses or misreads a scale for each output channel.
+    Those of a transposed convolution are rounded as one: TensorRT has no scale for each output
+    channel there (NVIDIA/TensorRT, issue 2380).
     """
     weights = layer.weights.astype(np.float64)
     by_channel = layer.node.op_type == "Conv"
