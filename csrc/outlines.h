@@ -31,7 +31,7 @@ struct OutlineOptions {
 // Boundaries are kept as arcs between nodes (corners where three or more edges meet; the surroundings of the image
 // count as a class), each once for both its sides, and simplified once: neighbours share their points, nothing
 // overlaps or gaps. Arcs along the edge of the image are never simplified. What comes out depends on the rows alone.
-// Memory: the boundaries of pieces that have not ended yet (8 bytes a turn), some 100 bytes a piece, and a row.
+// Memory: the boundaries of pieces that have not ended yet (8 bytes a turn, some 500 a piece or a hole), and a row.
 class OutlineTracer {
 public:
     OutlineTracer(std::int64_t width, const OutlineOptions& options);

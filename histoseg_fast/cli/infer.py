@@ -30,7 +30,7 @@ def command(
     overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),
     geojson: bool = typer.Option(False, "--geojson", help="Also write outlines of the classes, for QuPath."),
     min_area: int = typer.Option(
-        16, min=0, metavar="PIXELS", help="Of the outlines: leave out pieces and holes of fewer pixels."
+        4, min=0, metavar="PIXELS", help="Of the outlines: leave out pieces and holes of fewer pixels."
     ),
     exact_outlines: bool = typer.Option(
         False, "--exact-outlines", help="Outlines along pixel edges, not simplified by up to half a pixel."

@@ -14,8 +14,8 @@ import numpy as np
 from histoseg_fast import _core
 from histoseg_fast.images.writing import BandWriter
 
-MIN_AREA = 16
-"""Pieces and holes of fewer pixels are left out by default: specks that nobody would draw."""
+MIN_AREA = 4
+"""Pieces and holes of fewer pixels are left out by default: specks."""
 
 TRACED_ROWS = 256
 """Rows that are traced at once: what ends in them waits in memory as text."""

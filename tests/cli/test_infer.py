@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tiny_plans import tiny_manifest, tiny_model
 
 from histoseg_fast import postprocess
 from histoseg_fast.cli import main
-from histoseg_fast.images import read_image, write_png
+from histoseg_fast.images import OutlineOptions, read_image, write_png
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.plan import MODEL, read_plan, write_plan
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
@@ -56,6 +57,7 @@ def test_a_run_and_all_that_it_leaves(infer: Infer, tmp_path: Path, tiny_plan_pa
     record = json.loads((out / "run.json").read_text())
     assert record["arguments"]["inputs"] == [str(tmp_path / "in")]
     assert record["arguments"]["batch"] == 2 and record["arguments"]["overlay"] is True
+    assert record["arguments"]["geojson"] == asdict(OutlineOptions())
     assert record["plan_sha256"] == read_plan(tiny_plan_path).sha256
     assert (record["device"], record["precision"]) == ("cpu", "fp32") and record["engine"].startswith("OpenVINO")
     assert (record["images_done"], record["images_failed"], record["images_skipped"]) == (3, 0, 0)
