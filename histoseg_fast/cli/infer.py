@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from histoseg_fast.pipeline.run import InferOptions
 
 NAME = "infer"
+TISSUE_THRESHOLD = 0.03
+"""That of `pipeline.tissue`, which is imported when it is needed."""
 
 
 def command(
@@ -45,7 +47,7 @@ def command(
     level: int = typer.Option(None, min=0, help="Read this level of slides as it is (0: full detail)."),
     no_tissue_mask: bool = typer.Option(False, "--no-tissue-mask", help="Segment the glass of slides too."),
     tissue_threshold: float = typer.Option(
-        0.03, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
+        TISSUE_THRESHOLD, min=0.001, max=1.0, help="Optical density under which a slide's pixels are glass."
     ),
     watch: bool = typer.Option(False, "--watch", help="Wait for images in the one INPUT, a folder, until interrupted."),
     watch_idle: float = typer.Option(

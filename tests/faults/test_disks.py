@@ -100,7 +100,7 @@ def test_a_disk_that_is_full_at_a_record(plain, tmp_path: Path, disk: Disk, plac
     assert ended.code == 1 and len(ended.errors) == 1 and "No space left" in ended.errors[0]
     done = check(out, whole)
     assert done == (6 if place == "run.json" else done) and not (out / "run.json").exists()
-    disk.leave(1 << 20)
+    disk.leave(2 * sum(map(len, whole.values())) + 100_000)
     run = run_child(tmp_path, *arguments, out, fault=fake_engine)
     assert run.code == 0 and f"{6 - done} done, 0 failed, {done} skipped" in run.out
     assert results(out) == whole

@@ -114,7 +114,7 @@ def test_fifty_kills_at_random_moments_lose_nothing(tmp_path: Path, tiny_plan_pa
         assert results(out) == whole and not partials(out) and len(entries(out)) == 6
         resumed += 1
         out = tmp_path / f"out{i + 1}"
-    assert struck > KILLS // 2 and resumed > KILLS // 4
+    assert struck > KILLS // 3 and resumed > KILLS // 4  # a run that goes on where another was killed is over sooner
 
 
 @pytest.mark.parametrize("there", [False, True])
