@@ -1,5 +1,6 @@
-"""kill -9 at any moment: what was complete stays, nothing half-written bears a real name, the next run ends as if nothing
-had happened."""
+"""kill -9 at any moment: what was complete stays, nothing half-written bears a real name, and the next run ends as if
+nothing had happened.
+"""
 
 from __future__ import annotations
 

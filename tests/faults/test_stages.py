@@ -1,5 +1,5 @@
-"""A signal, a bug, no memory or a clock that runs backwards, in every stage of a run: one line, the right exit code, and
-the next run ends as if nothing had happened.
+"""A signal, a bug, no memory or a clock that runs backwards, in every stage of a run: one line, the right exit code,
+and the next run ends as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def test_a_clock_that_runs_backwards(plain, tmp_path: Path) -> None:
     assert run.code == 0 and f"{IMAGES - done} done, 0 failed, {done} skipped" in run.out
     assert results(out) == whole
     record = json.loads((out / "run.json").read_text())
-    assert 0 < record["wall_seconds"] < PATIENCE and all(0 <= s for s in record["stage_seconds"].values())
+    assert 0 < record["wall_seconds"] < PATIENCE and all(s >= 0 for s in record["stage_seconds"].values())
     for entry in entries(out).values():
         assert entry["latency"] >= 0 and min(entry["seconds"].values()) >= 0
 
