@@ -61,7 +61,7 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """What is left of `file`, no more than `limit` bytes and one. It takes memory for what there is alone."""
+    """What is left of `file`, at most `limit` bytes and one. Memory is taken for what there is, not for `limit`."""
     parts: list[bytes] = []
     left = limit + 1
     while left and (part := file.read(min(left, BLOCK_BYTES))):

@@ -22,6 +22,7 @@ from typing import Any
 from histoseg_fast.errors import LabelError, PlanError, UsageError
 from histoseg_fast.files import atomic_write, read_at_most
 from histoseg_fast.labels import Palette
+from histoseg_fast.onnx_graph import check_graph
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 from histoseg_fast.tiling import check_tile
 
@@ -30,6 +31,8 @@ MANIFEST, MODEL = "manifest.json", "model.onnx"
 MAX_PLAN_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_MEMBERS = 64
+MAX_DIRECTORY_BYTES = 1 << 16
+"""Of the ZIP's directory: Python makes an object of each entry, before any can be counted."""
 MAX_STRIDE = 1024
 MAX_HALO = 8192
 MAX_TILE = 1 << 15
@@ -42,6 +45,8 @@ _MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za
 # In ONNX's protobuf, a tensor kept outside the model names its file under the key "location". A plan is complete
 # in itself, so such a reference is an attempt to read other files. (The key alone: its length has many encodings.)
 _EXTERNAL_DATA = b"location"
+_END = struct.Struct("<4s8xI4xH")
+"""The last record of a ZIP: mark, bytes of the directory, bytes of a comment."""
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, EOFError, OverflowError, NotImplementedError, RuntimeError, OSError)
 """What zipfile raises on damage; OverflowError where an offset is beyond what the system counts to."""
 
@@ -197,6 +202,7 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not data.startswith(b"PK\x03\x04"):
         raise PlanError("is not a plan file", fix="make one with `histoseg-fast compile`")
     try:
+        _check_directory(data)
         archive = zipfile.ZipFile(io.BytesIO(data))
         infos = archive.infolist()
         _check_members(infos, len(data))
@@ -216,6 +222,16 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     except ValueError as error:
         raise PlanError("has a number in its manifest that is not finite") from error
     return manifest, contents
+
+
+def _check_directory(data: bytes) -> None:
+    """The size of the ZIP's directory, as its last record states it; no plan has a comment behind that, or ZIP64."""
+    tail = data[-_END.size :].ljust(_END.size, b"\0")
+    magic, size, comment = _END.unpack(tail)
+    if magic != b"PK\x05\x06" or comment or data[-_END.size - 20 :].startswith(b"PK\x06\x07"):
+        raise zipfile.BadZipFile("its last record is missing")
+    if size > MAX_DIRECTORY_BYTES:
+        raise PlanError(f"has a directory of {size} bytes, too many members")
 
 
 def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
@@ -246,6 +262,7 @@ def _check_manifest(plan: Plan) -> None:
             raise PlanError(f"member {name} does not match its digest", fix="copy or compile the plan again")
     if _EXTERNAL_DATA in members[MODEL]:
         raise PlanError(f"{MODEL} refers to files outside the plan")
+    check_graph(members[MODEL])
     for key in ("name", "arch", "precision"):
         _check_text(_field(manifest, key, str), key)
     for key in ("training", "scores", "made_with", "normalisation"):

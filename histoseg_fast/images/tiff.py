@@ -24,7 +24,10 @@ MAX_PIXELS = 2**37
 """Most pixels of a TIFF, about 370,000 a side."""
 
 MAX_SEGMENT_BYTES = 2**30
-"""Largest strip or tile that has to be decoded whole, decoded; an uncompressed strip has no limit."""
+"""Largest strip or tile that has to be decoded whole, as bytes or RGB; an uncompressed strip has no limit."""
+
+MAX_ROW_BYTES = 2**31
+"""Most of a row of tiles, decoded, since a band of the image may need all of them."""
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 _NONE, _JPEG, _WEBP = 1, 7, 50001
@@ -127,8 +130,11 @@ class TiffSource(SegmentedSource):
         )
         row_bytes = (self._seg_width * self._channels * self._bits + 7) // 8
         self._raw_bytes = row_bytes * self._seg_height
-        if not self._direct and self._raw_bytes > MAX_SEGMENT_BYTES:
-            self._refuse(f"a TIFF strip or tile holds {self._raw_bytes:,} bytes", "save it as a tiled TIFF")
+        decoded = self._seg_width * self._seg_height * max(3, self._channels * self._dtype.itemsize)
+        if not self._direct and decoded > MAX_SEGMENT_BYTES:
+            self._refuse(f"a TIFF strip or tile takes {decoded:,} bytes of memory", "save it as a tiled TIFF")
+        if not self._direct and decoded * self._across > MAX_ROW_BYTES:
+            self._refuse(f"a row of TIFF tiles takes {decoded * self._across:,} bytes of memory", "use smaller tiles")
         extra = page.extrasamples[0] if len(page.extrasamples) == 1 else 0
         self._alpha, self._premultiplied = extra in (1, 2), extra == 1
         self._reversed = page.fillorder == 2 and page.compression in _BYTE_CODECS
@@ -204,7 +210,12 @@ class TiffSource(SegmentedSource):
             header = walk_markers(data)
             self._check_codec_size(header.width, header.height)
         elif self._compression in _JPEG2000:
-            self._check_codec_size(*_jpeg2000_size(data))
+            width, height, channels = _jpeg2000_size(data)
+            self._check_codec_size(width, height)
+            if channels > self._channels:
+                raise ValueError(f"a tile of {self._channels} samples a pixel claims {channels}")
+        elif self._compression == _WEBP:
+            self._check_codec_size(*_webp_size(data))
         return data
 
     def _check_codec_size(self, width: int, height: int) -> None:
@@ -272,10 +283,25 @@ def _palette(page: tifffile.TiffPage) -> np.ndarray:
     return colours
 
 
-def _jpeg2000_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a complete JPEG 2000 codestream. ValueError where it is none."""
+def _jpeg2000_size(data: bytes) -> tuple[int, int, int]:
+    """Width, height and channels of a complete JPEG 2000 codestream. ValueError where it is none."""
     start = data.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(data) < start + 24 or data.rfind(b"\xff\xd9") < start:
+    if start < 0 or len(data) < start + 42 or data.rfind(b"\xff\xd9") < start:
         raise ValueError("the JPEG 2000 data is cut off")
     right, bottom, left, top = (int.from_bytes(data[start + 8 + i : start + 12 + i], "big") for i in range(0, 16, 4))
-    return right - left, bottom - top
+    return right - left, bottom - top, int.from_bytes(data[start + 40 : start + 42], "big")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a WebP claims, in each of its three kinds. ValueError where it is none."""
+    kind, body = data[12:16], data[20:30]
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(body) < 10:
+        raise ValueError("the WebP data is cut off")
+    if kind == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"VP8L":
+        packed = int.from_bytes(body[1:5], "little")
+        return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise ValueError("the WebP data is of an unknown kind")
