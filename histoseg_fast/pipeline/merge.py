@@ -15,14 +15,13 @@ from typing import Any
 from histoseg_fast.errors import HistosegError, ImageError, UsageError
 from histoseg_fast.files import BLOCK_BYTES, atomic_link, atomic_write, sha256_of
 from histoseg_fast.images.content import open_regular
-from histoseg_fast.pipeline.parts import Part, check_parts, describe_gaps, joined_record, read_part
+from histoseg_fast.pipeline.parts import Part, check_line, check_parts, describe_gaps, joined_record, read_part
 from histoseg_fast.pipeline.records import (
     MANIFEST,
     clear_partials,
     drop_run,
     lock_folder,
     read_entries,
-    summary_row,
     unwritable,
     write_run,
     write_summary,
@@ -155,7 +154,7 @@ def _place(part: Part, entry: Entry, out: Path, classes: Sequence[str]) -> tuple
         return entry, files
     try:
         try:
-            summary_row(entry, classes)
+            check_line(entry, classes)
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise Damaged("its line in the manifest is damaged") from error
         outputs = _outputs(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from histoseg_fast.errors import DataError, UsageError
 from histoseg_fast.labels import MAX_CLASSES
-from histoseg_fast.pipeline.records import MANIFEST, RUN, read_entries, read_run
+from histoseg_fast.pipeline.records import MANIFEST, RUN, read_entries, read_run, summary_row
 from histoseg_fast.pipeline.shards import MAX_SHARDS, Shard
 
 COUNTS = ("images_found", "images_done", "images_failed", "images_skipped")
@@ -80,6 +81,13 @@ def _shard(value: object) -> Shard | None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_line(entry: Entry, classes: Sequence[str]) -> None:
+    """Raises LookupError, TypeError, ValueError or ArithmeticError where the line of a done image makes no sense."""
+    summary_row(entry, classes)
+    if not all(_is_count(entry[name]) for name in ("width", "height", "glass_pixels")):
+        raise ValueError("a size is no number of pixels")
 
 
 def check_parts(parts: Sequence[Part]) -> None:
@@ -177,4 +185,5 @@ def _stage_seconds(stages: object, entries: Sequence[Entry]) -> dict[str, float]
 
 
 def _number(value: object) -> float:
-    return value if isinstance(value, (int, float)) and value >= 0 else 0
+    """`value`, or 0 where it is no finite number from 0 on."""
+    return value if isinstance(value, (int, float)) and 0 <= value < math.inf else 0

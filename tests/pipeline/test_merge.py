@@ -351,14 +351,24 @@ def test_a_manifest_cannot_name_files_elsewhere(shards: list[Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pixels": None}, {"pixels": {}}, {"width": None, "pixels": {"background": "x"}}, {"mpp": "wide"},
-                {"mean_confidence": "high"}, {"pixels": {"background": 0, "cancer": 0, "stroma": 0}}]
+    "changes", [{"pixels": None}, {"pixels": {}}, {"pixels": {"background": "x"}}, {"width": None}, {"height": "40"},
+                {"glass_pixels": -1}, {"mpp": "wide"}, {"mean_confidence": "high"},
+                {"pixels": {"background": 0, "cancer": 0, "stroma": 0}}]
 )  # fmt: skip
 def test_a_damaged_line_costs_its_image(shards: list[Path], tmp_path: Path, changes: dict[str, object]) -> None:
     name = first_done(shards[0])
     change_entry(shards[0], name, **changes)
     merged = merge(shards, tmp_path / "all")
     assert "its line in the manifest is damaged" in {e["input"]: e for e in merged.failed}[name]["error"]
+
+
+def test_figures_that_make_no_sense_count_as_none(shards: list[Path], tmp_path: Path) -> None:
+    change_record(shards[0], peak_rss_bytes=float("inf"), wall_seconds="long", stage_seconds=[])
+    change_entry(shards[1], first_done(shards[1]), seconds={"read": float("nan")})
+    merge(shards, tmp_path / "all")
+    mine = record(tmp_path / "all")
+    assert mine["peak_rss_bytes"] == max(record(shard)["peak_rss_bytes"] for shard in shards[1:])
+    assert 0 < mine["wall_seconds"] < 1e6 and mine["stage_seconds"] == {}
 
 
 def test_where_the_result_may_not_go(shards, tmp_path, run, capsys, made) -> None:
