@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -88,7 +88,7 @@ def segment(image: Image, plan: Plan | str | os.PathLike[str] = "fast", **option
 
 def stream(
     images: Iterable[GivenT], plan: Plan | str | os.PathLike[str] = "fast", **options: Unpack[Options]
-) -> Iterator[tuple[GivenT, Segmentation | HistosegError]]:
+) -> Generator[tuple[GivenT, Segmentation | HistosegError], None, None]:
     """The classes of many images: pairs of an image as it was given, and its Segmentation or what is wrong with it.
 
     images : files and arrays, as `segment` takes them; also an iterator without end. It is asked for the next image
@@ -108,7 +108,7 @@ def stream(
 
 def _results(
     images: Iterable[GivenT], plan: Plan | str | os.PathLike[str], options: Options, count: int
-) -> Iterator[tuple[GivenT, Segmentation | HistosegError]]:
+) -> Generator[tuple[GivenT, Segmentation | HistosegError], None, None]:
     """What `stream` gives; `count` is how many images the engine should be able to work on side by side."""
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(Options.__annotations__)}")
@@ -119,7 +119,7 @@ def _results(
 
 def _run(
     results: Results[GivenT], plan: Plan, options: InferOptions, outputs: MemoryOutputs, count: int
-) -> Iterator[tuple[GivenT, Segmentation | HistosegError]]:
+) -> Generator[tuple[GivenT, Segmentation | HistosegError], None, None]:
     with open_stream_engine(plan, count, options, log.warning) as engine:
         progress = Progress(failure=results.fail)
         yield from results.of(make_stream(engine, plan, results.sources(), outputs, results, options, progress))

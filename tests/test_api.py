@@ -185,7 +185,7 @@ def test_a_slow_taker_holds_the_stream_back(fake: Callable[..., FakeEngine]) -> 
         next(results)
         time.sleep(0.01)
         assert asked <= taken + 1 + most
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     at_close = asked
     time.sleep(0.2)
     assert asked == at_close
@@ -199,7 +199,7 @@ def test_closing_early_ends_the_threads(fake: Callable[..., FakeEngine], tiny_pl
     for _ in range(taken):
         next(results)
     assert (set(threading.enumerate()) > before) == (taken > 0)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert set(threading.enumerate()) <= before
     for _ in histoseg_fast.stream([picture(0, 8, 8)] * 1000):
         break

@@ -78,7 +78,9 @@ class Display:
             self._bar.update(self._task, completed=over, rate=in_words(rates))
         elif now - self._last > REPORT_SECONDS:
             self._last = now
-            far = f"{over} done" if self._images is None else f"{over} of {self._images}"
+            far = f"{over} of {self._images}"
+            if self._images is None:
+                far = f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped"
             counts = {"done": totals.done, "failed": totals.failed, "skipped": totals.skipped, "images": self._images}
             self._say("info", "progress", f"{far}; {in_words(rates)}", **counts, **rates)
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -160,7 +160,7 @@ class Results(Generic[GivenT]):
             except queue.Full:
                 continue
 
-    def of(self, stream: Stream) -> Iterator[tuple[GivenT, Segmentation | HistosegError]]:
+    def of(self, stream: Stream) -> Generator[tuple[GivenT, Segmentation | HistosegError], None, None]:
         """Run `stream` and give each image as it was given, with its result or what is wrong with it.
 
         Raises what ends the stream, after the results that were there before. No thread outlives the iterator, also
