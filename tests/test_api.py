@@ -222,7 +222,7 @@ def test_an_image_too_large_for_memory_is_an_error_of_its_own(
     images = [picture(i, 8, 8) for i in range(3)]
     found = list(histoseg_fast.stream(images))
     kinds = [next(type(result) for image, result in found if image is wanted) for wanted in images]
-    assert kinds == [Segmentation, EngineError, Segmentation]
+    assert kinds == [Segmentation, ImageError, Segmentation]
 
 
 def test_wrong_usage_is_told_before_any_work(tiny_plan: Plan, tmp_path: Path) -> None:
