@@ -55,7 +55,7 @@ def test_more_training_of_a_plan_starts_where_it_is(arch):
     settle_norms(network, loaded.layers, loaded.biases, model.normalise(rgb))
     with torch.no_grad():
         expected, found = rebuild(plan)(rgb), model.train()(rgb)
-    assert float((found - expected).abs().max()) < 0.01 < float(expected.std())
+    assert float((found - expected).abs().max()) < 0.05 * float(expected.std())
 
 
 def test_a_plan_gives_the_weights_of_a_network_without_norms():
