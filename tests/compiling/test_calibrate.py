@@ -201,7 +201,9 @@ def test_no_other_temperature_has_less_cross_entropy(tiny_plan, seed, temperatur
         patch.setattr(calibrate, "open_engine", lambda *_, **__: contextlib.nullcontext())
         patch.setattr(calibrate, "run_tiled", lambda *_: logits)
         found = fit_temperature(tiny_plan, [(noise(12, 15), labels)])
-    assert cross_entropy(found) <= min(map(cross_entropy, np.geomspace(*TEMPERATURES, 200))) + 1e-9
+    assert (
+        cross_entropy(found) <= min(map(cross_entropy, np.geomspace(*TEMPERATURES, 200))) + 1e-6
+    )  # what bisection leaves
 
 
 def test_always_right_and_always_wrong_stay_within_bounds(answer):

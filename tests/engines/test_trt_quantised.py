@@ -222,10 +222,10 @@ def test_weights_at_the_ends_of_fp16():
 @pytest.mark.parametrize(
     ("name", "side", "precision", "least"),
     [
-        ("fast", 512, "int8", 0.996),
+        ("fast", 512, "int8", 0.995),
         ("fast", 512, "fp8", 0.99),
         ("final", 256, "int8", 0.99),
-        ("final", 256, "fp8", 0.99),
+        ("final", 256, "fp8", 0.98),
     ],
 )
 def test_agreement_of_the_shipped_plans(name, side, precision, least):
