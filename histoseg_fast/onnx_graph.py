@@ -34,7 +34,7 @@ def check_graph(model: bytes) -> None:
     known: set[bytes] = {b""}  # an input that is left out
     for number, value in _fields(memoryview(model)):
         if number == _MODEL_FUNCTIONS:
-            raise PlanError("has a model with functions of its own")
+            raise PlanError("has functions of its own")
         if number != _MODEL_GRAPH:
             continue
         for part, content in _fields(value):  # a field that comes twice is one that goes on
@@ -45,9 +45,9 @@ def check_graph(model: bytes) -> None:
             elif part == _GRAPH_INPUT:
                 known.update(_strings(content, _VALUE_NAME))
             elif part == _GRAPH_SPARSE:
-                raise PlanError("has a model with sparse tensors")
+                raise PlanError("has sparse tensors")
     if not 0 < len(nodes) <= MAX_NODES:
-        raise PlanError(f"has a model of {len(nodes)} operators; 1 to {MAX_NODES} are allowed")
+        raise PlanError(f"has {len(nodes)} operators; 1 to {MAX_NODES} are allowed")
     for node in nodes:
         _check_node(node, known)
 
@@ -55,13 +55,13 @@ def check_graph(model: bytes) -> None:
 def _check_node(node: memoryview, known: set[bytes]) -> None:
     """`known`: the tensors that are there before; the node's own are added."""
     if not known.issuperset(_strings(node, _NODE_INPUT)):
-        raise PlanError("has a model whose operators are not in order: one reads what no earlier one gives")
+        raise PlanError("has an operator that reads what no earlier one gives")
     for number, value in _fields(node):
         if number == _NODE_ATTRIBUTE and any(f in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS) for f, _ in _fields(value)):
-            raise PlanError("has a model with a loop or a branch")
+            raise PlanError("has a loop or a branch")
     for name in _strings(node, _NODE_OUTPUT):
         if name in known and name:
-            raise PlanError("has a model in which two operators give one tensor")
+            raise PlanError("has two operators that give one tensor")
         known.add(name)
 
 
@@ -82,9 +82,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind in _FIXED:
             position += _FIXED[kind]
         else:
-            raise PlanError("has a model that is no ONNX")
+            raise PlanError("is no ONNX model")
         if position + size > len(message):
-            raise PlanError("has a model that is cut off, or no ONNX")
+            raise PlanError("is cut off, or no ONNX model")
         yield key >> 3, message[position : position + size]
         position += size
 
@@ -96,4 +96,4 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:
             return value, position + i + 1
-    raise PlanError("has a model that is cut off, or no ONNX")
+    raise PlanError("is cut off, or no ONNX model")

@@ -262,7 +262,10 @@ def _check_manifest(plan: Plan) -> None:
             raise PlanError(f"member {name} does not match its digest", fix="copy or compile the plan again")
     if _EXTERNAL_DATA in members[MODEL]:
         raise PlanError(f"{MODEL} refers to files outside the plan")
-    check_graph(members[MODEL])
+    try:
+        check_graph(members[MODEL])
+    except PlanError as error:
+        raise PlanError(f"{MODEL} {error.what}", fix="compile the plan again") from None
     for key in ("name", "arch", "precision"):
         _check_text(_field(manifest, key, str), key)
     for key in ("training", "scores", "made_with", "normalisation"):

@@ -15,6 +15,8 @@ from histoseg_fast.errors import PlanError
 from histoseg_fast.files import atomic_write
 
 FORMAT = "histoseg-fast checkpoint 1"
+MAX_TENSORS = 4096
+"""Of a checkpoint; the time to read it grows with their square."""
 REQUIRED = ("arch", "classes", "colours", "normalisation", "training")
 
 
@@ -48,6 +50,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
                 raise PlanError("has a description that is no JSON object", where=path)
             if missing := [key for key in REQUIRED if key not in description]:
                 raise PlanError(f"lacks {', '.join(missing)} in its description", where=path)
+            if len(archive.keys()) > MAX_TENSORS:
+                raise PlanError(f"holds {len(archive.keys())} tensors; {MAX_TENSORS} are allowed", where=path)
             return {name: archive.get_tensor(name) for name in archive.keys()}, description  # noqa: SIM118
     except FileNotFoundError:
         raise PlanError("no such checkpoint", where=path) from None

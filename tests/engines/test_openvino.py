@@ -239,9 +239,10 @@ WRONG = {
 }
 
 
-def refused(plan):
+def refused(plan, members=None, **manifest):
+    """As it is read, or at the latest when it is opened."""
     with pytest.raises(PlanError) as caught:
-        open_engine(plan, precision="fp32")
+        open_engine(changed(plan, members, **manifest), precision="fp32")
     message = str(caught.value)
     assert message.isprintable() and MODEL in message and len(message) < 500
 
@@ -253,19 +254,19 @@ def test_models_of_another_kind(tiny_plan, name):
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_another_number_of_classes(tiny_plan, classes):
-    refused(changed(tiny_plan, classes=[{"name": f"c{i}", "colour": [i, 0, 0]} for i in range(classes)]))
+    refused(tiny_plan, classes=[{"name": f"c{i}", "colour": [i, 0, 0]} for i in range(classes)])
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 1000, b"\xff" * 64, b"<?xml version='1.0'?><net/>"])
 def test_bytes_that_are_no_model(tiny_plan, content):
-    refused(changed(tiny_plan, {MODEL: content}))
+    refused(tiny_plan, {MODEL: content})
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_truncated_models(tiny_plan, data):
     model = tiny_plan.members[MODEL]
-    refused(changed(tiny_plan, {MODEL: model[: data.draw(st.integers(0, len(model) - 40))]}))
+    refused(tiny_plan, {MODEL: model[: data.draw(st.integers(0, len(model) - 40))]})
 
 
 def test_a_model_that_changes_the_size_fails_in_one_line(tiny_plan):
