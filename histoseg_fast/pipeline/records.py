@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
@@ -122,12 +121,10 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     where the image does not state its resolution), glass_pixels (of the background: what was taken for glass and not
     segmented).
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
     areas = [f"{name}_um2" for name in classes]
     scores_of = ["tumour_stroma_ratio", "mean_confidence", "mpp"]
-    writer.writerow(["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"])
+    rows: list[list[object]] = [["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"]]
     for entry in sorted(entries, key=lambda e: e["input"]):
         if entry["status"] != "done":
             continue
@@ -140,9 +137,15 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
         sizes = ["" for _ in areas] if mpp is None else [f"{count * mpp * mpp:.1f}" for count in counts]
         shown = "" if mpp is None else f"{mpp:.6g}"
         size = entry["width"], entry["height"]
-        writer.writerow([entry["input"], *size, *shares, *scores, shown, *sizes, entry["glass_pixels"]])
+        rows.append([entry["input"], *size, *shares, *scores, shown, *sizes, entry["glass_pixels"]])
+    text = "".join(",".join(_cell(str(value)) for value in row) + "\n" for row in rows)
     with atomic_write(out / SUMMARY) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+        stream.write(text.encode("utf-8", "surrogateescape"))
+
+
+def _cell(text: str) -> str:
+    """`text` as CSV; Python's writer leaves a lone carriage return bare before 3.13, and readers end the row there."""
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
 
 
 def tumour_stroma_ratio(pixels: Mapping[str, int]) -> float | None:
