@@ -87,7 +87,7 @@ def test_names_forge_nothing_on_the_way_from_the_folder_to_the_report(tmp_path: 
     text = (out / "report.html").read_text("utf-8")
     page = Page(text)
     assert page.tags.count("script") == 2 + len(NAMES) and "svg" in page.tags and not page.handlers
-    assert "alert(1)>" not in text and "\u202eto" not in text and "\x1b" not in text
+    assert not any(tag in text for tag in ("<img src=x", "<svg onload", "<script>alert", "\x1b", "\u202eto"))
     again = run_child(tmp_path, "infer", folder, "--engine", tiny_plan_path, *wanted, fault=fake_engine)
     assert f"0 done, {len(NAMES)} failed, {len(NAMES)} skipped" in again.out
     assert {name: data for name, data in results(out).items() if name != "report.html"} == before
