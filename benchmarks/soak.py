@@ -74,8 +74,8 @@ def watch(process: subprocess.Popen[str], manifest: Path, seconds: float) -> lis
             files, threads = (len(os.listdir(proc / name)) for name in ("fd", "task"))
         except (OSError, ValueError):  # not there yet, or over
             continue
-        if lines and len(fields) > 1:
-            rss = int(fields[1]) * os.sysconf("SC_PAGESIZE")
+        rss = int(fields[1]) * os.sysconf("SC_PAGESIZE")
+        if lines and rss:  # none: it has ended
             samples.append(Sample(time.perf_counter() - started, lines, rss, files, threads))
     return samples
 
