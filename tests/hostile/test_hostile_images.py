@@ -231,7 +231,11 @@ def progressive(scans: int) -> bytes:
     """A progressive JPEG whose last scan comes over and over, until there are `scans`."""
     stream = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(stream, "JPEG", progressive=True)
-    data = stream.getvalue()
+    return repeat_last_scan(stream.getvalue(), scans)
+
+
+def repeat_last_scan(data: bytes, scans: int) -> bytes:
+    """The JPEG with its last scan over and over, until there are `scans`."""
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * (scans - data.count(b"\xff\xda")) + data[-2:]
 
@@ -272,3 +276,29 @@ def found(folder: Path) -> list[str]:
     from histoseg_fast.pipeline.sources import find_sources
 
     return [source.name for source in find_sources([str(folder)], folder / "out")]
+
+
+def largest_png() -> bytes:
+    """Two megabytes of RGBA of 16 bits."""
+    side = 2**14
+    packer, row = zlib.compressobj(6), bytes(1 + 8 * side)
+    rows = b"".join([*(packer.compress(row * 64) for _ in range(side // 64)), packer.flush()])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def largest_jpeg() -> bytes:
+    """Under two megabytes, with as many scans as are allowed."""
+    stream = io.BytesIO()
+    Image.new("RGB", (2**14, 2**14)).save(stream, "JPEG", progressive=True)
+    return repeat_last_scan(stream.getvalue(), MAX_SCANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])
+def test_the_costliest_files_within_the_limits_take_three_gigabytes_at_most(tmp_path: Path, name: str) -> None:
+    data = largest_png() if name == "x.png" else largest_jpeg()
+    assert len(data) < 3 << 20
+    (tmp_path / name).write_bytes(data)
+    assert confined(read, tmp_path / name, room=3 << 30) == (2**14, 2**14)
