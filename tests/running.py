@@ -103,7 +103,7 @@ class FakeEngine(Engine):
 def make_stream(engine: Engine, folder: Path, out: Path, manifest: Manifest, **options: Any) -> Stream:
     """A stream over the images in `folder`, for engines without a halo unless told otherwise."""
     steps = PostProcessing.parse(options.pop("postprocess", "none"))
-    wanted = {k: options.pop(k) for k in ("overlay", "probabilities", "tissue_threshold") if k in options}
+    wanted = {k: options.pop(k) for k in ("overlay", "probabilities", "geojson", "tissue_threshold") if k in options}
     outputs = Outputs(out, PAPER_PALETTE, postprocess=steps, **wanted)
     sources = options.pop("sources", None) or find_sources([str(folder)], out)
     return Stream(engine, sources, outputs, manifest, **{"stride": 1, "halo": 0, "tile": 64, "key": "k", **options})
