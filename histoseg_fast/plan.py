@@ -45,8 +45,8 @@ _MEMBER_NAME = re.compile(r"(manifest\.json|model\.onnx|engines/[A-Za-z0-9][A-Za
 # In ONNX's protobuf, a tensor kept outside the model names its file under the key "location". A plan is complete
 # in itself, so such a reference is an attempt to read other files. (The key alone: its length has many encodings.)
 _EXTERNAL_DATA = b"location"
-_END = struct.Struct("<4s8xI4xH")
-"""The last record of a ZIP: mark, bytes of the directory, bytes of a comment."""
+_END = struct.Struct("<4s8xIIH")
+"""The last record of a ZIP: mark, size and place of the directory, bytes of a comment."""
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, EOFError, OverflowError, NotImplementedError, RuntimeError, OSError)
 """What zipfile raises on damage; OverflowError where an offset is beyond what the system counts to."""
 
@@ -225,13 +225,12 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_directory(data: bytes) -> None:
-    """The size of the ZIP's directory, as its last record states it; no plan has a comment behind that, or ZIP64."""
-    tail = data[-_END.size :].ljust(_END.size, b"\0")
-    magic, size, comment = _END.unpack(tail)
-    if magic != b"PK\x05\x06" or comment or data[-_END.size - 20 :].startswith(b"PK\x06\x07"):
-        raise zipfile.BadZipFile("its last record is missing")
-    if size > MAX_DIRECTORY_BYTES:
+    """The ZIP's last record: a directory of bounded size right before it; no comment, no ZIP64, nothing in front."""
+    magic, size, start, comment = _END.unpack(data[-_END.size :].rjust(_END.size, b"\0"))
+    if magic == b"PK\x05\x06" and size > MAX_DIRECTORY_BYTES:
         raise PlanError(f"has a directory of {size} bytes, too many members")
+    if magic != b"PK\x05\x06" or comment or start + size + _END.size != len(data):
+        raise zipfile.BadZipFile("its last record does not fit")
 
 
 def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:

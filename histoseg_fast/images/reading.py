@@ -14,7 +14,7 @@ from histoseg_fast.images.content import Content, read_head
 from histoseg_fast.images.jpeg import JpegSource
 from histoseg_fast.images.png import PngSource
 from histoseg_fast.images.slide import NATIVE, Resolution, SlideSource
-from histoseg_fast.images.source import DECODE_ERRORS, ImageSource
+from histoseg_fast.images.source import DECODE_ERRORS, ImageSource, OverLimit
 from histoseg_fast.images.tiff import TiffSource
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -87,7 +87,7 @@ def _open_tiff(content: Content) -> Levels:
             return [TiffSource(content, page, slide=slide) for page in pages], mpp
         except ImageError as error:
             refused = error
-            if not has("openslide"):
+            if isinstance(error, OverLimit) or not has("openslide"):
                 raise
     content.close()
     try:

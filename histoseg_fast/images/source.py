@@ -42,6 +42,10 @@ DECODE_ERRORS = (
 """What the decoders raise for bad data. All else (a programming error, an interrupt) passes through."""
 
 
+class OverLimit(ImageError):
+    """An image that claims more than any reader here may take; no other reader is asked."""
+
+
 class ImageSource(abc.ABC):
     """One opened image, read as 8-bit RGB from top to bottom. A context manager.
 
@@ -144,15 +148,15 @@ class ImageSource(abc.ABC):
                 f"damaged {self.format.upper()} data ({reason[:200]})", where=self.path, fix="copy or export it again"
             ) from error
 
-    def _refuse(self, what: str, fix: str = "save it as 8-bit RGB") -> NoReturn:
-        raise ImageError(what, where=self.path, fix=fix)
+    def _refuse(self, what: str, fix: str = "save it as 8-bit RGB", kind: type[ImageError] = ImageError) -> NoReturn:
+        raise kind(what, where=self.path, fix=fix)
 
     def _check_size(self, width: int, height: int, max_pixels: int, fix: str) -> None:
         """Take the size that the header claims, before anything is allocated for it."""
         if width <= 0 or height <= 0:
             self._refuse(f"the header claims a size of {width} x {height}", "copy or export it again")
         if width > MAX_SIDE or height > MAX_SIDE or width * height > max_pixels:
-            self._refuse(f"{width} x {height} pixels are over the limit of {max_pixels:,}", fix)
+            self._refuse(f"{width} x {height} pixels are over the limit of {max_pixels:,}", fix, OverLimit)
         self.width, self.height = width, height
 
 

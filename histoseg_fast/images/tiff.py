@@ -15,7 +15,7 @@ import numpy as np
 from histoseg_fast.images.content import Content
 from histoseg_fast.images.jpeg import walk_markers
 from histoseg_fast.images.segments import SegmentedSource
-from histoseg_fast.images.source import CONVERTED_ROWS_BYTES, DECODE_ERRORS, SIXTEEN_BITS, to_rgb
+from histoseg_fast.images.source import CONVERTED_ROWS_BYTES, DECODE_ERRORS, SIXTEEN_BITS, OverLimit, to_rgb
 
 if TYPE_CHECKING:
     import tifffile
@@ -132,9 +132,12 @@ class TiffSource(SegmentedSource):
         self._raw_bytes = row_bytes * self._seg_height
         decoded = self._seg_width * self._seg_height * max(3, self._channels * self._dtype.itemsize)
         if not self._direct and decoded > MAX_SEGMENT_BYTES:
-            self._refuse(f"a TIFF strip or tile takes {decoded:,} bytes of memory", "save it as a tiled TIFF")
+            self._refuse(
+                f"a TIFF strip or tile takes {decoded:,} bytes of memory", "save it as a tiled TIFF", OverLimit
+            )
         if not self._direct and decoded * self._across > MAX_ROW_BYTES:
-            self._refuse(f"a row of TIFF tiles takes {decoded * self._across:,} bytes of memory", "use smaller tiles")
+            row = decoded * self._across
+            self._refuse(f"a row of TIFF tiles takes {row:,} bytes of memory", "use smaller tiles", OverLimit)
         extra = page.extrasamples[0] if len(page.extrasamples) == 1 else 0
         self._alpha, self._premultiplied = extra in (1, 2), extra == 1
         self._reversed = page.fillorder == 2 and page.compression in _BYTE_CODECS

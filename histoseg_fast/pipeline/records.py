@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from histoseg_fast.errors import DataError, ImageError, UsageError
 from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, refuse_irregular, sha256_of
@@ -32,17 +31,17 @@ class Manifest:
         refuse_irregular(self.path)
         self._lock_file = lock_folder(out)
         self._lock = threading.Lock()
-        self.entries, whole = read_entries(self.path)
         self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-        self._stream.truncate(whole)
+        self.entries = Entries(self.path)
+        self._stream.truncate(self.entries.size)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append the line of one image; it is in the file when this returns."""
-        line = json.dumps(entry, ensure_ascii=True) + "\n"
+        line = (json.dumps(entry, ensure_ascii=True) + "\n").encode("ascii")
         with self._lock:
-            self.entries[entry["input"]] = entry
-            self._stream.write(line.encode("ascii"))
+            self._stream.write(line)
             self._stream.flush()
+            self.entries.note(entry["input"], len(line))
 
     def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
         """Whether image `name` with digest `sha256` is done under the same plan and options (`key`), and its outputs
@@ -60,7 +59,46 @@ class Manifest:
         """Close the file and give the folder free."""
         with contextlib.suppress(OSError):  # what a full disk did not take; `add` has raised for it
             self._stream.close()
+        self.entries.close()
         self._lock_file.close()
+
+
+class Entries(Mapping[str, dict[str, Any]]):
+    """The last line of each image in a manifest, by the image's name, in the order in which images first came.
+
+    Lines are read from the file when they are asked for: of a million images, memory holds names and places alone.
+    size : bytes of whole lines.
+    """
+
+    def __init__(self, path: Path):
+        self._stream = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self._lock = threading.Lock()
+        self._places: dict[str, tuple[int, int]] = {}
+        self.size = 0
+        for entry, size in _read_lines(self._stream):
+            self.note(None if entry is None else entry["input"], size)
+
+    def note(self, name: str | None, size: int) -> None:
+        """The next `size` bytes of the file are a line, of image `name` or of none."""
+        if name is not None:
+            self._places[name] = self.size, size
+        self.size += size
+
+    def close(self) -> None:
+        """Close the file; nothing can be read any more."""
+        self._stream.close()
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        start, size = self._places[name]
+        with self._lock:
+            self._stream.seek(start)
+            return json.loads(self._stream.read(size))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -71,15 +109,24 @@ def read_entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     whole = 0
     if path.exists():
         with open(path, "rb") as stream:
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                with contextlib.suppress(ValueError, RecursionError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict) and isinstance(entry.get("input"), str):
-                        entries[entry["input"]] = entry
+            for entry, size in _read_lines(stream):
+                whole += size
+                if entry is not None:
+                    entries[entry["input"]] = entry
     return entries, whole
+
+
+def _read_lines(stream: BinaryIO) -> Iterator[tuple[dict[str, Any] | None, int]]:
+    """Each whole line of a manifest: what it says, None where it makes no sense, and its bytes."""
+    for line in stream:
+        if not line.endswith(b"\n"):
+            return
+        entry = None
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("input"), str):
+                entry = found
+        yield entry, len(line)
 
 
 def lock_folder(out: Path) -> io.IOBase:
@@ -123,17 +170,20 @@ def write_summary(out: Path, entries: Iterable[Mapping[str, Any]], classes: tupl
     where the image does not state its resolution), glass_pixels (of the background: what was taken for glass and not
     segmented).
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}_{kind}" for name in classes for kind in ("pixels", "share")]
     areas = [f"{name}_um2" for name in classes]
     scores_of = ["tumour_stroma_ratio", "mean_confidence", "mpp"]
-    writer.writerow(["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"])
-    for entry in sorted(entries, key=lambda e: e["input"]):
-        if entry["status"] == "done":
-            writer.writerow(summary_row(entry, classes))
+    rows = [(e["input"], _csv(summary_row(e, classes))) for e in entries if e["status"] == "done"]
+    head = _csv(["image", "width", "height", *columns, *scores_of, *areas, "glass_pixels"])
     with atomic_write(out / SUMMARY) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
+        for line in (head, *(row for _, row in sorted(rows))):
+            stream.write(line.encode("utf-8", "surrogateescape"))
+
+
+def _csv(row: Iterable[object]) -> str:
+    """A line of CSV. Python's writer leaves a lone carriage return bare before 3.13, where readers end the row."""
+    cells = [str(value).replace('"', '""') for value in row]
+    return ",".join(f'"{cell}"' if set(cell) & set(',"\r\n') else cell for cell in cells) + "\n"
 
 
 def summary_row(entry: Mapping[str, Any], classes: Sequence[str]) -> list[object]:

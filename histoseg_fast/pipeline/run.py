@@ -136,7 +136,7 @@ def infer(
                 try:
                     totals = stream.run(progress.poll)
                 finally:
-                    mine = [entry for entry in manifest.entries.values() if entry.get("key") == stream.key]
+                    mine = (entry for entry in manifest.entries.values() if entry.get("key") == stream.key)
                     write_summary(out, mine, plan.palette.names)
                     arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
                     record = {

@@ -1,34 +1,38 @@
 """A disk that is full or may only be read: one line, nothing half-written, nothing lost.
 
 The disks are file systems of a few kilobytes (tmpfs), mounted by the test; where this user may not mount one, these
-tests skip, and tests/pipeline/test_failures.py and tests/images/test_writing.py still patch the same errors in.
+tests skip, and the last ones here, with patched writes, still run.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from children import fake_engine, run_child
 from disks import Disk, small_disk
-from running import make_pictures, partials, results
+from running import FakeEngine, make_pictures, partials, results, run_stream
 from slide_files import halves, write_pyramid
 from test_stages import STAGES, break_call
 from tiny_plans import tiny_manifest
 
+from histoseg_fast import files
 from histoseg_fast.engines.choice import FILE, fastest
-from histoseg_fast.errors import HistosegError
-from histoseg_fast.images import write_png
+from histoseg_fast.errors import HistosegError, ImageError, PlanError
+from histoseg_fast.images import OutlineOptions, write_png
 from histoseg_fast.pipeline.records import Manifest, read_entries
 from histoseg_fast.pipeline.stream import FATAL_ERRNO
 from histoseg_fast.plan import MODEL, Plan, read_plan, write_plan
+from histoseg_fast.reporting.page import write_report
 
 SEED = 7
 ROOMS = 10
@@ -215,6 +219,64 @@ def test_an_output_folder_that_may_only_be_read(plain, tmp_path: Path, disk: Dis
 
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+# -- the same without a mount ------------------------------------------------------------------------
+
+
+class FullFile(io.FileIO):
+    """A file that takes `room` bytes in all; then the disk is full."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if self.tell() + memoryview(data).nbytes > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A slide and two fields."""
+    make_pictures(tmp_path / "in", 2, 300, 200)
+    write_pyramid(tmp_path / "in" / "a.tif", halves(600, 200, 2))
+    return tmp_path / "in"
+
+
+@pytest.fixture(params=[0, 300, 4000])
+def full(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that `atomic_write` makes ends after so many bytes, in a write or as it is flushed or closed."""
+    kind = type("Full", (FullFile,), {"room": request.param})
+    monkeypatch.setattr(files, "open", lambda path, mode: io.BufferedWriter(kind(path, mode)), raising=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"overlay": True, "probabilities": True}, {"geojson": OutlineOptions(0)}])
+def test_patched_writes_of_every_kind_of_output(
+    tmp_path: Path, pictures: Path, full: None, options: dict[str, Any]
+) -> None:
+    """ome.tif, overview, tissue, mask, overlay, geojson, probabilities."""
+    out = tmp_path / "out"
+    with pytest.raises(ImageError, match="cannot be written: No space left on device; free space") as raised:
+        run_stream(FakeEngine(), pictures, out, **options)
+    assert "\n" not in str(raised.value) and not partials(out)
+    assert all(entry["status"] == "done" for entry in read_entries(out / "manifest.jsonl")[0].values())
+
+
+def test_patched_writes_of_plans_reports_and_the_cache(
+    tmp_path: Path, tiny_plan: Plan, full: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.plan"
+    path.write_bytes(b"before")
+    with pytest.raises(PlanError, match=r"x\.plan: cannot be written \(No space left"):
+        write_plan(path, tiny_manifest(), {MODEL: tiny_plan.members[MODEL]})
+    assert path.read_bytes() == b"before"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.jsonl").write_text("")
+    with pytest.raises(HistosegError, match=r"report\.html: cannot be written: No space left"):
+        write_report(tmp_path / "out")
+    monkeypatch.setenv("HISTOSEG_CACHE", str(tmp_path / "cache"))
+    assert fastest(tiny_plan, ["fp32", "bf16"], lambda plan, precision: 1.0) == "fp32"
+    assert not partials(tmp_path) and not (tmp_path / "out" / "report.html").exists()
 
 
 def test_errors_of_the_disk_have_their_numbers() -> None:

@@ -11,11 +11,20 @@ import stat
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from running import FakeEngine, entries, make_pictures, partials, results, run_stream
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.files import atomic_write
-from histoseg_fast.pipeline.records import Manifest, clear_partials, run_key, tumour_stroma_ratio, write_summary
+from histoseg_fast.pipeline.records import (
+    Manifest,
+    clear_partials,
+    read_entries,
+    run_key,
+    tumour_stroma_ratio,
+    write_summary,
+)
 
 CLASSES = ("background", "cancer", "stroma")
 MASK = {"mask": "masks/a.png"}
@@ -52,6 +61,32 @@ def test_lines_that_are_no_entries_are_passed_over(tmp_path: Path) -> None:
     again = Manifest(tmp_path)
     assert list(again.entries) == ["a", "b\udcff\n"]
     again.close()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lines=st.lists(
+        st.tuples(st.sampled_from(["a", "b\udcff\n", "\u00fc" * 9000]), st.integers(0, 99)) | st.binary(max_size=9)
+    )
+)
+def test_entries_are_what_reading_all_of_them_gives(tmp_path_factory, lines: list) -> None:
+    """Lines kept on the disk, of this run and of the one before, against a dictionary of them."""
+    folder = tmp_path_factory.mktemp("entries")
+    cut = len(lines) // 2
+    texts = [
+        line.replace(b"\n", b"") if isinstance(line, bytes) else json.dumps({"input": line[0], "x": line[1]}).encode()
+        for line in lines[:cut]
+    ]
+    (folder / "manifest.jsonl").write_bytes(b"".join(text + b"\n" for text in texts) + b'{"input": "torn')
+    manifest = Manifest(folder)
+    for line in lines[cut:]:
+        if not isinstance(line, bytes):
+            manifest.add({"input": line[0], "x": line[1]})
+    whole, size = read_entries(folder / "manifest.jsonl")
+    assert list(manifest.entries.items()) == list(whole.items())
+    assert manifest.entries.size == size == (folder / "manifest.jsonl").stat().st_size
+    assert manifest.entries.get("none") is None and len(manifest.entries) == len(whole)
+    manifest.close()
 
 
 def test_the_last_line_of_an_image_counts(tmp_path: Path) -> None:
