@@ -37,6 +37,9 @@ def command(
     ),
     teacher: str = typer.Option("", metavar="FILE", help="Checkpoint or plan to learn from (loss term distil)."),
     batch_norm: bool = typer.Option(False, "--batch-norm", help="Batch norms in training, folded when compiled."),
+    freeze_norms: int = typer.Option(
+        0, metavar="EPOCH", min=0, help="From this epoch on batch norms keep their statistics (0: never)."
+    ),
     average: float = typer.Option(0.0, min=0.0, max=0.99999, help="Moving average of the weights: decay a step."),
     precision: str = typer.Option("auto", help="auto, fp32 or bf16 (autocast)."),
     compile_: bool = typer.Option(
@@ -87,6 +90,7 @@ def command(
         teacher=teacher,
         average=average,
         batch_norm=batch_norm,
+        freeze_norms=freeze_norms,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],
         palette=Palette.parse(palette) if palette else PAPER_PALETTE,

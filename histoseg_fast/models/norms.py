@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -42,6 +42,18 @@ def fold_norms(trained: nn.Module, folded: nn.Module) -> None:
                 transposed,
             )
     folded.load_state_dict(state)
+
+
+def freeze_norms(network: nn.Module) -> None:
+    """Batch norms use and keep their running statistics, until `network.train()` is called again."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def take_statistics(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give batch norms the running statistics in `state`, a state dict of the same network."""
+    network.load_state_dict({name: state[name] for name, _ in network.named_buffers()}, strict=False)
 
 
 def settle_norms(network: nn.Module, layers: Collection[str], biases: dict[str, torch.Tensor], x: torch.Tensor) -> None:

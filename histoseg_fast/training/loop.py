@@ -25,7 +25,7 @@ from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.machine import available_cores
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from histoseg_fast.models.network import Loaded, UInt8Network, is_plan, load_features, make_network, rebuild
-from histoseg_fast.models.norms import settle_norms
+from histoseg_fast.models.norms import freeze_norms, settle_norms, take_statistics
 from histoseg_fast.plan import MAX_TILE
 from histoseg_fast.plans import open_plan
 from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
@@ -187,6 +187,8 @@ class _Run:
         torch.manual_seed((options.seed * 1_000_003 + self.epoch) * self.processes.count + self.processes.rank)
         for group in self.optimiser.param_groups:
             group["lr"] = options.lr * options.decay**self.epoch
+        if self.epoch + 1 == options.freeze_norms and self.steps:
+            take_statistics(self.network, self.average)
         losses = []
         for items, (rgb, ids) in self._batches():
             losses.append(self._step(rgb, ids, len(self.processes.share(items)) / len(items)))
@@ -243,6 +245,8 @@ class _Run:
     def _step(self, rgb: torch.Tensor, ids: torch.Tensor, share: float = 1.0) -> float:
         """One step on a batch of which this process has `share`; the loss of the whole batch."""
         self.model.train()
+        if 0 < self.options.freeze_norms <= self.epoch + 1:
+            freeze_norms(self.network)
         self.optimiser.zero_grad(set_to_none=True)
         value = 0.0
         if share:

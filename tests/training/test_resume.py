@@ -153,6 +153,33 @@ def test_batch_norms_and_a_teacher_resume_exactly(tmp_path: Path) -> None:
         train(root, tmp_path / "parts", replace(options, teacher="", loss={"ce": 1.0}), lambda line: None)
 
 
+def test_frozen_norms_resume_exactly_and_train_with_the_statistics_they_are_judged_by(tmp_path: Path) -> None:
+    root = easy_folder(tmp_path / "data", side=64)
+    options = replace(OPTIONS, arch="fast", crop=64, freeze_norms=2)
+    states = []
+    for epochs in (1, 2, 3):
+        train(root, tmp_path / "parts", replace(options, epochs=epochs), lambda line: None)
+        states.append(read_checkpoint(tmp_path / "parts" / LAST)[0])
+    train(root, tmp_path / "whole", replace(options, epochs=3), lambda line: None)
+    assert result(tmp_path / "parts") == result(tmp_path / "whole")
+    first, second, third = ({n: t for n, t in state.items() if "running_" in n} for state in states)
+    taken = {n: first[n.replace("network.", "average.")] for n in first if n.startswith("network.")}
+    assert taken and any(not torch.equal(tensor, first[name]) for name, tensor in taken.items())
+    for later in (second, third):
+        assert all(torch.equal(later[name], tensor) for name, tensor in taken.items())
+    assert any(not torch.equal(states[1][n], states[2][n]) for n in states[1] if n.endswith("weight"))
+
+
+def test_norms_frozen_from_the_start_keep_what_was_loaded(tmp_path: Path) -> None:
+    root = easy_folder(tmp_path / "data", side=64)
+    train(root, tmp_path / "first", replace(OPTIONS, arch="fast", crop=64), lambda line: None)
+    best = tmp_path / "first" / BEST
+    options = replace(OPTIONS, arch="fast", crop=64, weights=str(best), freeze_norms=1, seed=6)
+    train(root, tmp_path / "second", options, lambda line: None)
+    before, after = read_checkpoint(best)[0], read_checkpoint(tmp_path / "second" / LAST)[0]
+    assert all(torch.equal(after[f"network.{n}"], t) for n, t in before.items() if "running_" in n)
+
+
 def test_another_run_is_not_gone_on_with(fit: Fit, tmp_path: Path, folder: Path) -> None:
     out = tmp_path / "out"
     fit(out)
