@@ -32,7 +32,7 @@ def command(
     overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),
     geojson: bool = typer.Option(False, "--geojson", help="Also write outlines of the classes, for QuPath."),
     min_area: int = typer.Option(
-        4, min=0, metavar="PIXELS", help="Of the outlines: leave out pieces and holes of fewer pixels."
+        None, min=0, metavar="PIXELS", help="Of the outlines: leave out pieces and holes of fewer pixels (4)."
     ),
     exact_outlines: bool = typer.Option(
         False, "--exact-outlines", help="Outlines along pixel edges, not simplified by up to half a pixel."
@@ -63,13 +63,16 @@ def command(
     3 some inputs failed (each named), 130 or 143 interrupted.
     """
     from histoseg_fast.images import OutlineOptions
+    from histoseg_fast.images.geojson import MIN_AREA
     from histoseg_fast.pipeline.run import InferOptions
     from histoseg_fast.pipeline.shards import Shard
 
     if log_format not in log.FORMATS:
         raise UsageError(f"unknown format {log_format!r}", where="--log-format", fix="choose text or json")
     log.use(log_format)
-    outlines = OutlineOptions(min_area, exact_outlines) if geojson else None
+    if not geojson and (min_area is not None or exact_outlines):
+        raise UsageError("--min-area and --exact-outlines are about outlines", fix="add --geojson")
+    outlines = OutlineOptions(MIN_AREA if min_area is None else min_area, exact_outlines) if geojson else None
     options = InferOptions(
         *(device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level),
         tissue_mask=not no_tissue_mask,

@@ -43,6 +43,11 @@ _DIRECTORY_BYTES = 8192
 """More than one directory takes, its tables of tiles left out."""
 
 
+def level_count(width: int, height: int) -> int:
+    """Levels of a class map of that size; level k has ceil(size / 2^k) pixels a side."""
+    return (-(-max(width, height) // TILE_SIDE) - 1).bit_length() + 1
+
+
 class _Level:
     """One level: its size, the row of tiles that is being filled, and where the finished ones lie."""
 
@@ -73,10 +78,7 @@ class PyramidWriter(BandWriter):
         super().__init__(path, width, height)
         self._palette = palette
         self._mpp = mpp if mpp is not None and MPP_RANGE[0] <= mpp <= MPP_RANGE[1] else None
-        self._levels = [_Level(width, height)]
-        while max(width, height) > TILE_SIDE:
-            width, height = -(-width // 2), -(-height // 2)
-            self._levels.append(_Level(width, height))
+        self._levels = [_Level(-(-width >> k), -(-height >> k)) for k in range(level_count(width, height))]
         self._plain: dict[int, tuple[int, int]] = {}  # where a tile of one class lies, by the class
         with self._told():  # the header comes in at the end
             self._stream.write(bytes(_HEADER_BYTES))

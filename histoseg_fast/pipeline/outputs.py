@@ -29,6 +29,8 @@ from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 OVERLAY_ALPHA = 90
 """Weight of the class colour in an overlay's tint, of 255."""
 
+SLIDE_MASK_SUFFIX = ".ome.tif"
+
 
 class Writer(Protocol):
     """Takes one result of an image row by row; see `BandWriter`, which writes files."""
@@ -74,7 +76,7 @@ class Outputs:
 
     def paths(self, stem: str, *, slide: bool) -> dict[str, str]:
         """Output files of an image, relative to the folder, by their key in the manifest."""
-        wanted = {"mask": f"masks/{stem}.ome.tif" if slide else f"masks/{stem}.png"}
+        wanted = {"mask": f"masks/{stem}{SLIDE_MASK_SUFFIX}" if slide else f"masks/{stem}.png"}
         if slide:
             wanted["overview"] = f"overviews/{stem}.png"
         if slide and self.tissue_threshold is not None:

@@ -141,5 +141,8 @@ def _inside(path: Path, folders: set[str]) -> bool:
 
 
 def short_stem(name: str) -> str:
-    """`name` without its suffix, which its outputs are called where no other image shares it."""
-    return str(PurePosixPath(name).with_suffix(""))
+    """`name` without its suffix (.ome.tif is one), which its outputs are called where no other image shares it."""
+    path = PurePosixPath(name)
+    stem = path.with_suffix("")
+    ome = path.suffix.lower() in (".tif", ".tiff") and stem.suffix.lower() == ".ome"
+    return str(stem.with_suffix("") if ome else stem)

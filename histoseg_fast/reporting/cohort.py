@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -9,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from histoseg_fast.errors import DataError, UsageError
-from histoseg_fast.images.source import MAX_SIDE
+from histoseg_fast.errors import DataError, ImageError, UsageError
+from histoseg_fast.images.content import Content
+from histoseg_fast.images.source import DECODE_ERRORS, MAX_SIDE
+from histoseg_fast.images.tiff_slide import open_pages
 from histoseg_fast.labels import MAX_CLASSES
+from histoseg_fast.pipeline.outputs import SLIDE_MASK_SUFFIX
 from histoseg_fast.pipeline.records import MANIFEST, read_entries, read_run, tumour_stroma_ratio
 
 UNKNOWN_COLOUR = (128, 128, 128)
@@ -165,13 +169,26 @@ def _inside(value: Any, folder: str) -> str | None:
 def _colours(folder: Path, rows: list[Row], count: int) -> tuple[tuple[int, int, int], ...]:
     """The plan's colours, from the palette of the first mask that is still there."""
     for row in rows:
-        if row.done and len(colours := mask_palette(folder / row.mask)) == count:
+        if not row.done:
+            continue
+        palette = slide_palette if row.mask.endswith(SLIDE_MASK_SUFFIX) else mask_palette
+        if len(colours := palette(folder / row.mask, count)) == count:
             return colours
     return (UNKNOWN_COLOUR,) * count
 
 
-def mask_palette(path: Path) -> tuple[tuple[int, int, int], ...]:
-    """The colours of a palette PNG, none where the file is no such PNG or cannot be read."""
+def slide_palette(path: Path, count: int) -> tuple[tuple[int, int, int], ...]:
+    """The first `count` colours of a palette TIFF, none where the file is no such TIFF or cannot be read."""
+    try:
+        with contextlib.closing(Content(path)) as content:
+            table = open_pages(content).pages.first.colormap
+            return () if table is None else tuple((int(r), int(g), int(b)) for r, g, b in table[:, :count].T >> 8)
+    except (*DECODE_ERRORS, ImageError):
+        return ()
+
+
+def mask_palette(path: Path, count: int) -> tuple[tuple[int, int, int], ...]:
+    """The first `count` colours of a palette PNG, none where the file is no such PNG or cannot be read."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(MAX_PALETTE_OFFSET)
@@ -182,6 +199,6 @@ def mask_palette(path: Path) -> tuple[tuple[int, int, int], ...]:
         size = int.from_bytes(head[position : position + 4], "big")
         body = head[position + 8 : position + 8 + size]
         if kind == b"PLTE":
-            return tuple(zip(body[::3], body[1::3], body[2::3], strict=False))
+            return tuple(zip(body[::3], body[1::3], body[2::3], strict=False))[:count]
         position += 12 + size
     return ()

@@ -18,9 +18,11 @@ import imagecodecs
 import numpy as np
 
 from histoseg_fast.errors import ImageError, LabelError
-from histoseg_fast.images import ImageSource, open_image
+from histoseg_fast.images import ImageSource, Resolution, open_image
+from histoseg_fast.images.pyramid import level_count
 from histoseg_fast.labels import Palette, decode
 from histoseg_fast.machine import available_cores
+from histoseg_fast.pipeline.outputs import SLIDE_MASK_SUFFIX
 from histoseg_fast.reporting.cohort import Cohort, Row
 
 MAX_PICTURE_BYTES = 24 * 2**20
@@ -99,30 +101,45 @@ def picture(folder: Path, row: Row, palette: Palette | None, share: int, big: th
 def _picture(folder: Path, row: Row, palette: Palette | None, share: int) -> Picture:
     notes = []
     side = int(min(MAX_SIDE, max(MIN_SIDE, math.sqrt(share / JPEG_BYTES_A_PIXEL))))
-    factor = -(-max(row.width, row.height) // side)
     rgb = ids = None
     try:
         if palette is None:
             raise LabelError("no mask is left")
-        with open_image(folder / row.mask) as mask:
-            _check(mask, row, row.mask_sha256)
-            ids = shrink(mask, factor, _majority(palette))
+        level = _mask_level(row, side)
+        with open_image(folder / row.mask, Resolution(level=level)) as mask:
+            _check(mask, row.mask_sha256, (-(-row.width >> level), -(-row.height >> level)))
+            ids = shrink(mask, _factor(mask, side), _majority(palette))
     except (ImageError, LabelError):
         notes.append(NO_MASK)
     try:
         if not row.path or not os.path.exists(row.path):  # False, too, for a name that no file can have
             raise ImageError(VANISHED)
         with open_image(row.path) as image:
-            _check(image, row, row.sha256)
-            rgb = shrink(image, factor, _mean)
+            _check(image, row.sha256)
+            rgb = image.overview(_factor(image, side))
+            rgb = shrink(image, _factor(image, side), _mean) if rgb is None else rgb
     except ImageError as error:
         notes.append(error.what if error.what in (VANISHED, CHANGED) else UNREADABLE)
     made = _fit(rgb, ids, palette, share)
     return Picture(notes=(*notes, NO_ROOM)) if made is None else Picture(made[0], made[1], tuple(notes))
 
 
-def _check(image: ImageSource, row: Row, sha256: str) -> None:
-    if image.sha256 != sha256 or (image.width, image.height) != (row.width, row.height):
+def _factor(image: ImageSource, side: int) -> int:
+    """How many pixels go into one of a picture of at most `side` a side."""
+    return -(-max(image.width, image.height) // side)
+
+
+def _mask_level(row: Row, side: int) -> int:
+    """The level of the mask to shrink: of a slide's pyramid the smallest that is at least `side`, else the only one."""
+    if not row.mask.endswith(SLIDE_MASK_SUFFIX):
+        return 0
+    longest, last = max(row.width, row.height), level_count(row.width, row.height) - 1
+    return next((k for k in range(last, 0, -1) if longest >> k >= side), 0)
+
+
+def _check(image: ImageSource, sha256: str, size: tuple[int, int] | None = None) -> None:
+    """size : width and height, where they are known: an image itself may have been read at another resolution."""
+    if image.sha256 != sha256 or size not in (None, (image.width, image.height)):
         raise ImageError(CHANGED)
 
 

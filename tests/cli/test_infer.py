@@ -205,6 +205,7 @@ def test_the_input_folder_itself_may_take_the_results(infer: Infer, tmp_path: Pa
                                        ("a.png", "--precision", "fp7"), ("a.png", "--batch", "-1"),
                                        ("a.png", "--tile", "many"), ("a.png", "--postprocess", "median=3"),
                                        ("a.png", "--postprocess", "min_island=-1"),
+                                       ("a.png", "--min-area", "9"), ("a.png", "--exact-outlines"),
                                        ("a.png", "--postprocess", "")])  # fmt: skip
 def test_wrong_usage_is_exit_code_2_and_one_reason(
     infer: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: tuple[str, ...]

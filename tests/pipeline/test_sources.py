@@ -62,6 +62,11 @@ def test_images_that_share_a_stem_keep_their_suffix(tmp_path: Path) -> None:
     assert stems([str(data)], tmp_path / "out") == ["A/a", "a.jpg", "a.png", "b"]
 
 
+def test_ome_tif_is_one_suffix(tmp_path: Path) -> None:
+    data = touch(tmp_path / "data", "a.ome.tif", "b.OME.TIFF", "c.ome.png", "d.x.tif", "e.ome.tif", "e.tif")
+    assert stems([str(data)], tmp_path / "out") == ["a", "b", "c.ome", "d.x", "e.ome.tif", "e.tif"]
+
+
 def test_stems_that_differ_in_case_only_do_not_meet_on_any_file_system(tmp_path: Path) -> None:
     data = touch(tmp_path / "data", "x.png", "X.jpg")
     assert stems([str(data)], tmp_path / "out") == ["X.jpg", "x.png"]

@@ -23,7 +23,7 @@ from running import command, make_pictures, run_command
 from histoseg_fast.errors import DataError, HistosegError, UsageError
 from histoseg_fast.labels import Palette
 from histoseg_fast.reporting import charts
-from histoseg_fast.reporting.cohort import UNKNOWN_COLOUR, mask_palette, read_cohort
+from histoseg_fast.reporting.cohort import UNKNOWN_COLOUR, mask_palette, read_cohort, slide_palette
 from histoseg_fast.reporting.page import link, script_json, text, write_report
 
 HOSTILE = [
@@ -185,7 +185,8 @@ def test_class_colours_are_the_masks(tmp_path: Path) -> None:
 def test_any_bytes_have_a_palette_or_none(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.png"
     path.write_bytes(data)
-    assert all(len(colour) == 3 for colour in mask_palette(path))
+    for palette in (mask_palette, slide_palette):
+        assert all(len(colour) == 3 for colour in palette(path, 3))
 
 
 def test_nonsense_in_the_manifest_costs_its_line(run: MadeUpRun) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from made_up_runs import MadeUpRun, made_up_ids
 from PIL import Image
+from running import FakeEngine, run_stream
 from running import picture as random_rgb
+from slide_files import write_pyramid
 
-from histoseg_fast.images import open_image, write_png
+from histoseg_fast.images import Resolution, open_image, write_png
 from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.reporting import pictures
 from histoseg_fast.reporting.cohort import read_cohort
@@ -132,3 +135,33 @@ def test_images_that_vanished_or_changed_are_shown_by_their_mask(tmp_path: Path)
     assert told["h"] == told["i"] == told["j"] == (pictures.VANISHED,)
     assert all(made[name].mask and not made[name].image for name in "bcdhij")
     assert all(made[name].image and not made[name].mask for name in "ef")
+
+
+@pytest.mark.parametrize("share", [10**6, 20_000])
+def test_slides_are_shown_from_their_pyramids(tmp_path: Path, share: int) -> None:
+    """The slide is read at half its resolution, so that sizes differ from those of its finest level."""
+    (tmp_path / "in").mkdir()
+    flat = np.zeros((3000, 2100, 3), np.uint8)
+    flat[:1500], flat[1500:] = (200, 120, 180), (90, 40, 130)
+    slide = write_pyramid(tmp_path / "in" / "a.tif", [flat, flat[::2, ::2].copy(), flat[::4, ::4].copy()], 0.5)
+    engine = FakeEngine()
+    totals = run_stream(engine, tmp_path / "in", tmp_path / "out", resolution=Resolution(mpp=1.0))
+    assert totals.done == 1
+    cohort = read_cohort(tmp_path / "out")
+    (row,) = cohort.rows
+    assert (row.width, row.height) == (1050, 1500) and row.mask == "masks/a.ome.tif"
+    ((_, made),) = make_pictures(cohort, share)
+    assert made.notes == ()
+    with Image.open(io.BytesIO(made.mask)) as mask, Image.open(io.BytesIO(made.image)) as image:
+        for shown in (mask, image):
+            assert abs(shown.height / shown.width - 1500 / 1050) < 0.02 and max(shown.size) <= pictures.MAX_SIDE
+        height, width = image.height, image.width
+        got = np.asarray(image.convert("RGB"), int)
+        assert abs(got[height // 4, width // 2] - (200, 120, 180)).max() < 12
+        assert abs(got[height * 3 // 4, width // 2] - (90, 40, 130)).max() < 12
+        ids = np.asarray(mask)
+    whole = tifffile.imread(tmp_path / "out" / row.mask, level=0)
+    where = np.linspace(0.05, 0.95, 7)
+    grid = [[(int(y * a.shape[0]), int(x * a.shape[1])) for y in where for x in where] for a in (ids, whole)]
+    assert [ids[p] for p in grid[0]] == [whole[p] for p in grid[1]]
+    assert slide.exists()
