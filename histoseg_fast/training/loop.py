@@ -341,8 +341,9 @@ class _Run:
         self.report(f"resuming after epoch {self.epoch} of {self.out / LAST}")
 
     def _check_same_run(self, training: dict[str, Any]) -> None:
-        theirs, ours = training["options"], self.options.as_json()
-        changed = [k for k in ours if k != "epochs" and ours[k] != theirs.get(k)]
+        ours = self.options.as_json()
+        theirs = TrainingOptions().as_json() | training["options"]  # an option that is newer than the run was not used
+        changed = [k for k in ours if k != "epochs" and ours[k] != theirs[k]]
         if training["data"] != self.sources:
             changed.append("data")
         if changed:

@@ -22,7 +22,7 @@ from histoseg_fast.compiling.compile import load_network
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.training import checkpoint, loop
 from histoseg_fast.training.augment import Augmentation
-from histoseg_fast.training.checkpoint import read_checkpoint
+from histoseg_fast.training.checkpoint import read_checkpoint, write_checkpoint
 from histoseg_fast.training.loop import BEST, HISTORY, LAST, train
 from histoseg_fast.training.progress import CURVES, TENSORBOARD
 
@@ -178,6 +178,17 @@ def test_norms_frozen_from_the_start_keep_what_was_loaded(tmp_path: Path) -> Non
     train(root, tmp_path / "second", options, lambda line: None)
     before, after = read_checkpoint(best)[0], read_checkpoint(tmp_path / "second" / LAST)[0]
     assert all(torch.equal(after[f"network.{n}"], t) for n, t in before.items() if "running_" in n)
+
+
+def test_a_run_from_before_an_option_goes_on(fit: Fit, tmp_path: Path) -> None:
+    fit(tmp_path / "out")
+    tensors, description = read_checkpoint(tmp_path / "out" / LAST)
+    del description["training"]["options"]["freeze_norms"]
+    write_checkpoint(tmp_path / "out" / LAST, tensors, description)
+    with pytest.raises(UsageError, match=r"other options \(freeze_norms\)"):
+        fit(tmp_path / "out", epochs=3, freeze_norms=2)
+    fit(tmp_path / "out", epochs=3)
+    assert read_checkpoint(tmp_path / "out" / LAST)[1]["epoch"] == 3
 
 
 def test_another_run_is_not_gone_on_with(fit: Fit, tmp_path: Path, folder: Path) -> None:
