@@ -64,9 +64,12 @@ def _quantise_weights(convolution: ov.Node) -> None:
 
 
 def _quantise_tensor(tensor: ov.Output, limit: float, signed: bool) -> None:
+    readers = list(tensor.get_target_inputs())
+    if tensor.get_node().get_type_name() == "MaxPool":  # rounded before it, the same comes out, and it works on int8 too
+        readers = [tensor.get_node().input(0)]
+        tensor = readers[0].get_source_output()
     if tensor.get_node().get_type_name() == "FakeQuantize":
         return  # another convolution reads it too
-    readers = list(tensor.get_target_inputs())
     low, high = (np.float32(-limit), np.float32(limit * 127 / 128)) if signed else (np.float32(0), np.float32(limit))
     rounded = operators.fake_quantize(tensor, low, high, low, high, LEVELS)
     for reader in readers:

@@ -13,7 +13,7 @@ from histoseg_fast.machine import available_cores, cpu_precisions
 from histoseg_fast.plan import MODEL, Plan
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
-"""Of what is computed in floating point; under int8, the first and last layers and whatever has no range."""
+"""Of what is computed in floating point; under int8, the first layer and whatever has no range."""
 
 
 class OpenVINOSlot(Slot):

@@ -97,9 +97,9 @@ class Small(nn.Module):
 IMAGES = [(noise(20, 30, i), None) for i in range(3)]
 
 
-def test_ranges_are_positive_and_of_inner_layers_without_a_sign():
+def test_ranges_are_positive_and_of_layers_without_a_sign():
     found = choose_ranges(Small().eval(), IMAGES)
-    assert set(found.inputs) == {"b"} == set(found.outputs)
+    assert set(found.inputs) == {"b", "last"} and set(found.outputs) == {"b"}
     assert all(limit > 0 for limit in (*found.inputs.values(), *found.outputs.values()))
 
 
@@ -107,12 +107,12 @@ def test_ranges_are_positive_and_of_inner_layers_without_a_sign():
 def test_ranges_from_images_without_contrast(grey):
     """All-white images are positive after normalisation too: yet the first layer is left alone."""
     found = choose_ranges(Small().eval(), [(np.full((9, 7, 3), grey, np.uint8), None)])
-    assert set(found.inputs) == {"b"}
+    assert set(found.inputs) == {"b", "last"}
 
 
 def test_ranges_of_a_single_pixel():
     found = choose_ranges(folded("fast"), [(noise(1, 1), None)])
-    assert len(found.inputs) == 21 and min(found.inputs.values()) > 0
+    assert len(found.inputs) == 22 and min(found.inputs.values()) > 0
 
 
 def test_ranges_of_layers_that_are_dead(tiny_plan):
