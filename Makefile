@@ -4,13 +4,17 @@ VENV ?= .venv
 DIR ?=
 PIP = $(VENV)/bin/python -m pip
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test docs bench lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/histoseg-fast demo $(if $(DIR),"$(DIR)")
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest
+
+docs: $(VENV)/installed
+	$(PIP) install --quiet --editable '.[docs]'
+	$(VENV)/bin/python -m mkdocs build --strict
 
 bench: $(VENV)/installed-test
 	$(PIP) install --quiet --editable '.[bench]'
@@ -38,4 +42,4 @@ $(VENV)/installed-test: $(NATIVE)
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

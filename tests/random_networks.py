@@ -12,7 +12,7 @@ from torch import nn
 
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.halo import measure
-from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD
+from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, PAPER_ARCHITECTURES
 from histoseg_fast.models.network import make_network
 from histoseg_fast.plan import MODEL, Plan, pack, unpack
 from histoseg_fast.training.checkpoint import write_checkpoint
@@ -40,7 +40,7 @@ def network(arch: str) -> nn.Module:
 @functools.cache
 def folded(arch: str) -> nn.Module:
     """`network(arch)` as it runs: without batch norms."""
-    return network(arch).fold() if arch == "fast" else network(arch)
+    return network(arch) if arch in PAPER_ARCHITECTURES else network(arch).fold()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import nn
 
 from histoseg_fast.compiling.halo import measure
 from histoseg_fast.errors import PlanError
-from histoseg_fast.models.architectures import ARCHITECTURES
+from histoseg_fast.models.architectures import ARCHITECTURES, PAPER_ARCHITECTURES
 from histoseg_fast.models.network import make_network
 
 # -- the networks ----------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ from histoseg_fast.models.network import make_network
 def averaging(arch):
     """The same layers with positive weights and nothing but sums: whatever they look at leaves a trace."""
     made = make_network(arch).double()
-    if arch == "fast":  # its ReLUs pass what is positive
+    if arch not in PAPER_ARCHITECTURES:  # their ReLUs pass what is positive
         made = made.fold()
         for name, tensor in made.named_parameters():
             nn.init.constant_(tensor, 1 if name.endswith("bias") else 1 / tensor[0].numel())
