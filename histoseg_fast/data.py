@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from histoseg_fast.errors import DataError, HistosegError
+from histoseg_fast.errors import DataError, HistosegError, UsageError
 from histoseg_fast.images import SUFFIXES, read_image
 from histoseg_fast.labels import PAPER_PALETTE, Palette, decode
 
@@ -52,10 +52,12 @@ def find_pairs(root: str | Path) -> list[Pair]:
     """The pairs of DATA/images and DATA/labels (matched by name without suffix), sorted by name.
 
     `split.csv` (columns name, split) assigns the splits; images it does not name are left out. Raises
-    DataError that lists every problem at once: missing folders, images without labels and the reverse,
-    unknown splits, names twice.
+    UsageError where there is no such folder, DataError that lists every problem at once: missing folders, images
+    without labels and the reverse, unknown splits, names twice.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise UsageError("no such folder", where=root)
     problems = [f"{name}/: no such folder" for name in ("images", "labels") if not (root / name).is_dir()]
     raise_problems(root, problems, fix="a data folder holds images/ and labels/")
     images, labels = _by_stem(root / "images", problems), _by_stem(root / "labels", problems)

@@ -60,6 +60,16 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
         raise
 
 
+def probe(path: str | os.PathLike[str]) -> None:
+    """Raise what `atomic_write` would on opening `path`, before the work whose result goes there; leaves no file."""
+    target = Path(path)
+    refuse_irregular(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    open(partial, "xb").close()
+    os.unlink(partial)
+
+
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
     """What is left of `file`, at most `limit` bytes and one. Memory is taken for what there is, not for `limit`."""
     parts: list[bytes] = []

@@ -20,7 +20,7 @@ _MAX_VARINT_BYTES = 10
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5
-_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS = 6, 11
+_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 6, 11, 22, 23
 _TENSOR_NAME, _VALUE_NAME = 8, 1
 
 
@@ -57,8 +57,11 @@ def _check_node(node: memoryview, known: set[bytes]) -> None:
     if not known.issuperset(_strings(node, _NODE_INPUT)):
         raise PlanError("has an operator that reads what no earlier one gives")
     for number, value in _fields(node):
-        if number == _NODE_ATTRIBUTE and any(f in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS) for f, _ in _fields(value)):
+        held = {field for field, _ in _fields(value)} if number == _NODE_ATTRIBUTE else set()
+        if held & {_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS}:
             raise PlanError("has a loop or a branch")
+        if held & {_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES}:
+            raise PlanError("has sparse tensors")
     for name in _strings(node, _NODE_OUTPUT):
         if name in known and name:
             raise PlanError("has two operators that give one tensor")

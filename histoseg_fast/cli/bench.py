@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from histoseg_fast.cli.checks import check_target
 from histoseg_fast.errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def command(
 
     if plot is not None:
         need("bench", "matplotlib")
+    for target in (json_file, plot):
+        if target is not None and str(target) != "-":
+            check_target(target)
     plan = open_plan(engine)
     infer = InferOptions(device, tile=tile, batch=batch, threads=threads, postprocess=postprocess)
     options = BenchOptions(tuple(precision), images, repeats, sweep or plot is not None, infer)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 REPORT_SECONDS = 10.0
 """Off a terminal, a line of progress at most this often."""
 
+HARDWARE, WORKSPACE_GIB = "none", 4.0
+"""Defaults of the options."""
+
 HARDWARE_HELP = (
     "GPUs the engine must run on: none (this one), ampere+ (Ampere and newer), same-cc (compute capability)."
 )
@@ -69,6 +72,14 @@ class EngineRequest:
     hardware: str
     version_compatible: bool
     workspace_gib: float
+
+    def given(self) -> dict[str, bool]:
+        """Which of the engine's own options are not their defaults."""
+        return {
+            "--hardware-compatible": self.hardware != HARDWARE,
+            "--version-compatible": self.version_compatible,
+            "--workspace": self.workspace_gib != WORKSPACE_GIB,
+        }
 
     def check(self) -> None:
         """Fail before anything slow is done: unknown options, no TensorRT, no GPU, or one without the precision."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from histoseg_fast.cli.building import HARDWARE_HELP, VERSION_HELP, WORKSPACE_HELP
+from histoseg_fast.cli.building import HARDWARE, HARDWARE_HELP, VERSION_HELP, WORKSPACE_GIB, WORKSPACE_HELP
+from histoseg_fast.cli.checks import check_target, parse_palette, refuse
 from histoseg_fast.errors import UsageError
 
 NAME = "compile"
@@ -35,15 +36,15 @@ def command(
     classes: str = typer.Option(
         "", metavar="PALETTE", help='Of an .onnx file: "background=0,0,0;tumour=255,0,0;...", in order of its logits.'
     ),
-    mean: str = typer.Option("0,0,0", help="Of an .onnx file of floats: subtracted from RGB in 0..1."),
-    std: str = typer.Option("1,1,1", help="Of an .onnx file of floats: what that is divided by."),
+    mean: str = typer.Option("", help="Of an .onnx file of floats: subtracted from RGB in 0..1 (0,0,0)."),
+    std: str = typer.Option("", help="Of an .onnx file of floats: what that is divided by (1,1,1)."),
     mpp: float = typer.Option(
         None, help="Micrometres a pixel that the network was trained at: what infer reads slides at."
     ),
     tensorrt: bool = typer.Option(False, "--tensorrt", help="Also build the TensorRT engine for this GPU."),
-    hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
+    hardware_compatible: str = typer.Option(HARDWARE, help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
-    workspace: float = typer.Option(4.0, metavar="GIB", help=WORKSPACE_HELP),
+    workspace: float = typer.Option(WORKSPACE_GIB, metavar="GIB", help=WORKSPACE_HELP),
 ) -> None:
     """Compile a checkpoint to a plan: ONNX, stride, halo, int8 ranges, and what each precision was measured to lose."""
     from histoseg_fast.extras import need
@@ -52,20 +53,24 @@ def command(
     from histoseg_fast.cli.building import EngineRequest, say
     from histoseg_fast.compiling.compile import CompileOptions, compile_onnx, compile_plan
     from histoseg_fast.compiling.foreign import Normalisation
-    from histoseg_fast.labels import Palette
     from histoseg_fast.postprocess import PostProcessing
 
     request = EngineRequest(precision, hardware_compatible, version_compatible, workspace)
     if tensorrt:
         request.check()
+    else:
+        refuse(request.given(), "--tensorrt")
     gate = {"agreement": gate_agreement, "mean_iou": gate_miou / 100}
     options = CompileOptions(precision, gate, PostProcessing.parse(postprocess), tolerance, mpp)
     foreign = source.suffix.lower() == ".onnx"
     if foreign != bool(classes):
         raise UsageError("an .onnx file and --classes need each other", where=source)
+    if not foreign:
+        refuse({"--mean": bool(mean), "--std": bool(std)}, "an .onnx file")
+    check_target(out, source)
     if foreign:
-        normalisation = Normalisation(_numbers("--mean", mean), _numbers("--std", std))
-        palette = Palette.parse(classes)
+        normalisation = Normalisation(_numbers("--mean", mean or "0,0,0"), _numbers("--std", std or "1,1,1"))
+        palette = parse_palette("--classes", classes)
         plan = compile_onnx(source, out, palette, normalisation, calibrate=calibrate, options=options, report=say)
     else:
         plan = compile_plan(source, out, calibrate=calibrate, options=options, report=say)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import typer
 
+from histoseg_fast.errors import UsageError
+
 NAME = "demo"
+FIELDS = 4
 
 
 def command(
     folder: str = typer.Argument("", metavar="[DIR]", help="Segment this folder (default: fields made for the demo)."),
     out: Path = typer.Option(Path("demo"), help="Folder for everything the demo writes."),
-    images: int = typer.Option(4, min=1, max=1000, help="How many fields to make."),
+    images: int = typer.Option(None, min=1, max=1000, help="How many fields to make (4)."),
 ) -> int:
     """Segment H&E-like fields with known labels with each shipped plan; compare speed and score, say where to look."""
     from histoseg_fast.cli import infer
@@ -20,8 +23,10 @@ def command(
     from histoseg_fast.plans import SHIPPED
 
     fields = out / "images"
+    if folder and images is not None:
+        raise UsageError("--images is of the fields that are made", fix="leave it out, or DIR")
     if not folder:
-        make_fields(out, images)
+        make_fields(out, FIELDS if images is None else images)
     told, code = [], 0
     for name in SHIPPED:
         results = out / name

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from histoseg_fast.cli.checks import check_target
 from histoseg_fast.errors import UsageError
 
 NAME = "eval"
@@ -29,13 +30,18 @@ def command(
     json_file: Path = typer.Option(None, "--json", metavar="FILE", help="Also write the scores as JSON (-: stdout)."),
 ) -> None:
     """Score a plan or checkpoint: cross entropy, accuracy, IoU and Dice by class, confusion matrix."""
+    from histoseg_fast.data import SPLITS
     from histoseg_fast.evaluation.evaluate import evaluate
     from histoseg_fast.extras import need
     from histoseg_fast.files import atomic_write
     from histoseg_fast.plans import open_plan
 
+    if split and split not in SPLITS:
+        raise UsageError(f"{split!r} is no split", where="--split", fix="choose one of " + ", ".join(SPLITS))
     if figures is not None:
         need("train", "matplotlib")
+    if json_file is not None and str(json_file) != "-":
+        check_target(json_file)
     if engine.endswith(".safetensors"):
         need("train", "torch", "onnx", "onnxscript", "safetensors")
         from histoseg_fast.compiling.compile import plan_of_checkpoint

@@ -7,21 +7,26 @@ from pathlib import Path
 
 import typer
 
+from histoseg_fast.cli import training
+from histoseg_fast.cli.checks import parse_palette
+
 NAME = "experiments"
 
 
 def command(
     data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and split.csv."),
     out: Path = typer.Option(..., help="Folder for tables.md, experiments.json, curves.png and a folder a network."),
-    epochs: int = typer.Option(40, min=1, help="Epochs of each network."),
-    batch: int = typer.Option(4, min=1, help="Crops a step."),
-    lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
-    decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
-    crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
+    epochs: training.Epochs = 40,
+    batch: training.Batch = 4,
+    lr: training.Rate = 1e-4,
+    decay: training.Decay = 0.96,
+    crop: training.Crop = 224,
     weights: str = typer.Option("imagenet", help="VGG16's: imagenet (downloaded), none, or a local file."),
-    noise: float = typer.Option(0.0, min=0.0, help="Gaussian noise: standard deviation up to this many grey levels."),
-    patience: int = typer.Option(0, min=0, help="Stop after this many epochs without improvement (0: never)."),
-    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
+    palette: training.Palette = "",
+    tolerance: training.Tolerance = 0.0,
+    noise: training.Noise = 0.0,
+    patience: training.Patience = 0,
+    seed: training.Seed = 0,
 ) -> int:
     """Train all four networks and write the paper's tables 1 and 2 beside the paper's own figures.
 
@@ -30,6 +35,7 @@ def command(
     from histoseg_fast.extras import need
 
     need("train", "torch", "torchvision", "onnx", "onnxscript", "safetensors", "matplotlib", "tensorboard")
+    from histoseg_fast.labels import PAPER_PALETTE
     from histoseg_fast.training.augment import Augmentation
     from histoseg_fast.training.experiments import run_experiments
     from histoseg_fast.training.options import TrainingOptions
@@ -43,6 +49,8 @@ def command(
         weights=weights,
         seed=seed,
         patience=patience,
+        palette=parse_palette("--palette", palette) if palette else PAPER_PALETTE,
+        tolerance=tolerance,
         augmentation=Augmentation(noise),
     )
     try:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from histoseg_fast.cli.building import HARDWARE_HELP, VERSION_HELP, WORKSPACE_HELP, BuildDisplay
+from histoseg_fast.cli.building import (
+    HARDWARE,
+    HARDWARE_HELP,
+    VERSION_HELP,
+    WORKSPACE_GIB,
+    WORKSPACE_HELP,
+    BuildDisplay,
+    EngineRequest,
+)
+from histoseg_fast.cli.checks import check_target, refuse
 
 if TYPE_CHECKING:
     from histoseg_fast.engines.trt.options import BuildOptions
@@ -26,12 +35,12 @@ def command(
     platform: str = typer.Option(
         "onnx", help="What Triton runs: onnx (any machine) or tensorrt (an engine for this GPU)."
     ),
-    precision: str = typer.Option("fp16", help="Of an engine: fp16, fp32, int8 or fp8."),
+    precision: str = typer.Option("", help="Of an engine: fp16 (the default), fp32, int8 or fp8."),
     batch: int = typer.Option(0, min=0, max=1024, help="Most images or tiles in a batch (0: 4, or fewer large ones)."),
     tile: int = typer.Option(0, min=0, help="Longest side an engine takes, in pixels (0: the plan's tile)."),
-    hardware_compatible: str = typer.Option("none", help=HARDWARE_HELP),
+    hardware_compatible: str = typer.Option(HARDWARE, help=HARDWARE_HELP),
     version_compatible: bool = typer.Option(False, "--version-compatible", help=VERSION_HELP),
-    workspace: float = typer.Option(4.0, metavar="GIB", help=WORKSPACE_HELP),
+    workspace: float = typer.Option(WORKSPACE_GIB, metavar="GIB", help=WORKSPACE_HELP),
 ) -> None:
     """Write a plan's network for other programs: the ONNX file, a Triton model repository, a bare TensorRT engine."""
     from histoseg_fast.compiling.triton import PLATFORMS, write_repository
@@ -43,19 +52,25 @@ def command(
     for name, value, known in (("format", form, FORMATS), ("platform", platform, PLATFORMS)):
         if value not in known:
             raise UsageError(f"unknown {name} {value!r}", fix="choose one of " + ", ".join(known))
+    engine = form == "tensorrt" or (form, platform) == ("triton", "tensorrt")
+    if form != "triton":
+        refuse({"--platform": platform != "onnx"}, "--format triton")
+    if not engine:
+        given = EngineRequest(precision, hardware_compatible, version_compatible, workspace).given()
+        refuse({"--precision": bool(precision)} | given, "an engine (--format tensorrt, or --platform tensorrt)")
     opened = open_plan(plan)
+    if form != "triton":
+        check_target(out, *([] if opened.path is None else [opened.path]))
     options = BuildOptions.of(
         opened,
         tile=tile,
         batch=batch,
-        precision=precision,
+        precision=precision or "fp16",
         hardware=hardware_compatible,
         version_compatible=version_compatible,
         workspace_gib=workspace,
     )
-    prepared = None
-    if form == "tensorrt" or (form, platform) == ("triton", "tensorrt"):
-        prepared = _prepare(opened, options)
+    prepared = _prepare(opened, options) if engine else None
     if form == "triton":
         written = write_repository(out, opened, options.batch, (prepared.info, prepared.data) if prepared else None)
     else:

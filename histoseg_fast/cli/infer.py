@@ -72,6 +72,8 @@ def command(
     log.use(log_format)
     if not geojson and (min_area is not None or exact_outlines):
         raise UsageError("--min-area and --exact-outlines are about outlines", fix="add --geojson")
+    if no_tissue_mask and tissue_threshold != TISSUE_THRESHOLD:
+        raise UsageError("--tissue-threshold is of the tissue mask", fix="leave out it or --no-tissue-mask")
     outlines = OutlineOptions(MIN_AREA if min_area is None else min_area, exact_outlines) if geojson else None
     options = InferOptions(
         *(device, precision, tile, batch, threads, overlay, outlines, probabilities, postprocess, mpp, level),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from histoseg_fast.cli import training
+from histoseg_fast.cli.checks import parse_palette
 from histoseg_fast.errors import UsageError
 
 NAME = "train"
@@ -16,22 +18,22 @@ def command(
     data: Path = typer.Argument(..., metavar="DATA", help="Folder with images/, labels/ and, if there, split.csv."),
     out: Path = typer.Option(..., help="Folder for best.safetensors, last.safetensors and history.jsonl."),
     arch: str = typer.Option("final", help="one, two, three or final (the paper's networks), or fast."),
-    epochs: int = typer.Option(40, min=1, help="Epochs in all; a resumed run goes on up to it."),
-    batch: int = typer.Option(4, min=1, help="Crops a step."),
-    lr: float = typer.Option(1e-4, min=0.0, help="Adam's learning rate in the first epoch."),
-    decay: float = typer.Option(0.96, min=0.0, max=1.0, help="The rate is multiplied by this each epoch."),
-    crop: int = typer.Option(224, min=16, help="Side of the random crops, in pixels."),
+    epochs: training.Epochs = 40,
+    batch: training.Batch = 4,
+    lr: training.Rate = 1e-4,
+    decay: training.Decay = 0.96,
+    crop: training.Crop = 224,
     weights: str = typer.Option(
         "imagenet", help="VGG16's: imagenet (downloaded), none, a local file; or a checkpoint or plan."
     ),
-    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Same seed, same machine: same result."),
+    seed: training.Seed = 0,
     loss: str = typer.Option("ce", help="Terms and weights, e.g. ce=1,l1=0.5,l2=0.5,smooth=0.1,dice=0.5,distil=1."),
     class_weights: str = typer.Option("", help="Of the cross entropy, one a class, e.g. 1,1.5,1."),
     label_smoothing: float = typer.Option(0.0, min=0.0, max=0.9, help="Of the cross entropy."),
     l2: float = typer.Option(0.0, min=0.0, help="L2 penalty on the weights (weight decay)."),
     dropout: float = typer.Option(0.0, min=0.0, max=0.9, help="Share of channels dropped late in the network."),
     clip: float = typer.Option(0.0, min=0.0, help="Scale the gradient's norm down to this (0: never)."),
-    patience: int = typer.Option(0, min=0, help="Stop after this many epochs without improvement (0: never)."),
+    patience: training.Patience = 0,
     extra: list[str] = typer.Option(
         [], metavar="DIR[@SCALE]", help="Also train on this folder's train split, resized."
     ),
@@ -45,11 +47,9 @@ def command(
     compile_: bool = typer.Option(
         None, "--compile/--no-compile", help="torch.compile (default: where it works, and it is said where not)."
     ),
-    palette: str = typer.Option(
-        "", help='Classes and label colours: "background=0,0,0;tumour=255,0,0;..." (the paper\'s).'
-    ),
-    tolerance: float = typer.Option(0.0, min=0.0, help="How far label colours may be from the palette (RGB distance)."),
-    noise: float = typer.Option(0.0, min=0.0, help="Gaussian noise: standard deviation up to this many grey levels."),
+    palette: training.Palette = "",
+    tolerance: training.Tolerance = 0.0,
+    noise: training.Noise = 0.0,
     turns: bool = typer.Option(False, "--turns", help="Turn crops by multiples of 90 degrees."),
     scale: float = typer.Option(0.0, min=0.0, max=2.0, help="Scale crops by up to 1 + this, either way."),
     stain: float = typer.Option(0.0, min=0.0, max=1.0, help="Vary haematoxylin and eosin by up to this share."),
@@ -64,7 +64,7 @@ def command(
 
     check_architecture(arch)
     need("train", "torch", "torchvision", "onnx", "safetensors", "matplotlib", "tensorboard")
-    from histoseg_fast.labels import PAPER_PALETTE, Palette
+    from histoseg_fast.labels import PAPER_PALETTE
     from histoseg_fast.training.augment import Augmentation
     from histoseg_fast.training.loop import train
     from histoseg_fast.training.losses import parse_loss
@@ -93,7 +93,7 @@ def command(
         freeze_norms=freeze_norms,
         precision=precision,
         compile={None: "auto", True: "on", False: "off"}[compile_],
-        palette=Palette.parse(palette) if palette else PAPER_PALETTE,
+        palette=parse_palette("--palette", palette) if palette else PAPER_PALETTE,
         tolerance=tolerance,
         augmentation=Augmentation(noise, turns, scale, stain, colour),
     )
@@ -119,7 +119,10 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 def folder_and_scale(text: str) -> tuple[str, float]:
     """Folder and scale from "DIR" or "DIR@0.5". Raises UsageError."""
     folder, _, scale = text.rpartition("@")
-    if not folder:
+    if not folder or Path(text).is_dir():
         return text, 1.0
-    (value,) = numbers("--extra", scale) or (1.0,)
+    try:
+        (value,) = numbers("--extra", scale)
+    except ValueError:
+        raise UsageError(f"--extra: {text!r} is no folder, nor a folder and a scale like DIR@0.5") from None
     return folder, value

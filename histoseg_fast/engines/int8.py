@@ -65,7 +65,7 @@ def _quantise_weights(convolution: ov.Node) -> None:
 
 def _quantise_tensor(tensor: ov.Output, limit: float, signed: bool) -> None:
     readers = list(tensor.get_target_inputs())
-    if tensor.get_node().get_type_name() == "MaxPool":  # rounded before it, the same comes out, and it works on int8 too
+    if tensor.get_node().get_type_name() == "MaxPool":  # rounded before it, the same comes out, and it pools int8
         readers = [tensor.get_node().input(0)]
         tensor = readers[0].get_source_output()
     if tensor.get_node().get_type_name() == "FakeQuantize":

@@ -10,7 +10,7 @@ import numpy as np
 
 from histoseg_fast.data import find_pairs, load_pair
 from histoseg_fast.engines import open_engine, run_tiled
-from histoseg_fast.errors import DataError, ImageError
+from histoseg_fast.errors import DataError, ImageError, one_line
 from histoseg_fast.evaluation.metrics import Scores
 from histoseg_fast.plan import Plan
 
@@ -32,27 +32,32 @@ def evaluate(
     `postprocess` is a text for `Plan.choose_postprocess`; what is scored of probabilities stays the logits'.
     With `figures`, a PNG an image goes there: image, label, prediction and errors (needs matplotlib). `report` is
     `open_engine`'s.
-    Keys: those of `Scores.as_json`, and engine, precision, device, postprocess, plan, plan_sha256, split. Raises
+    Keys: those of `Scores.as_json`, and engine, precision, device, postprocess, plan, plan_sha256, split, and
+    postprocessed_in_part (names of images that were too large for a step). Raises
     DataError (bad folder, empty split), LabelError, ImageError, EngineError, UsageError (post-processing that is
-    not known). An image that is too large for a step is scored without it, as `infer` does it.
+    not known). An image that is too large for a step is scored without it, as `infer` does it; `report` says so.
     """
     steps = plan.choose_postprocess(postprocess)
     pairs = [pair for pair in find_pairs(root) if split in ("", pair.split)]
     if not pairs:
         raise DataError(f"has no image in split {split!r}", where=root)
-    scores = Scores(plan.palette)
+    scores, in_part = Scores(plan.palette), []
     with open_engine(plan, precision=precision, report=report) as engine:
         for i, pair in enumerate(pairs):
             rgb, labels = load_pair(pair, plan.palette, tolerance)
             logits = run_tiled(engine, plan, rgb, plan.tile)
-            predicted = steps.within(labels.size).apply(rgb, logits).ids
+            taken = steps.within(labels.size)
+            if taken != steps:
+                in_part.append(pair.name)
+                report(f"{one_line(pair.name)}: too large for post-processing {steps}; scored with {taken}")
+            predicted = taken.apply(rgb, logits).ids
             scores.add(logits, labels, predicted)
             if figures is not None:
                 _draw(figures / f"{pair.image.stem}.png", rgb, labels, predicted, plan)
             progress(i + 1, len(pairs))
         ran = {"engine": engine.name, "precision": engine.precision, "device": engine.device}
     known = {"plan": plan.name, "plan_sha256": plan.sha256, "postprocess": steps.as_json(), "split": split or "all"}
-    return {**scores.as_json(), **ran, **known}
+    return {**scores.as_json(), **ran, **known, "postprocessed_in_part": in_part}
 
 
 def _draw(path: Path, rgb: np.ndarray, labels: np.ndarray, predicted: np.ndarray, plan: Plan) -> None:

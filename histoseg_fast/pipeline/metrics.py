@@ -41,6 +41,7 @@ class MetricsFile:
         try:
             self._write()
         except OSError as error:
+            self._stream = None  # nothing is written at the end either
             raise UsageError(
                 f"cannot be written: {error.strerror or error}", where=self._path, fix="choose another --metrics"
             ) from error

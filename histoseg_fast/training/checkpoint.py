@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from histoseg_fast.errors import PlanError
+from histoseg_fast.errors import PlanError, UsageError
 from histoseg_fast.files import atomic_write
 
 FORMAT = "histoseg-fast checkpoint 1"
+ZIP = b"PK\3\4"
 MAX_TENSORS = 4096
 """Of a checkpoint; the time to read it grows with their square."""
 REQUIRED = ("arch", "classes", "colours", "normalisation", "training")
@@ -39,8 +40,11 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and description of a checkpoint; PlanError if it is not one."""
+    """Tensors (on the CPU) and description of a checkpoint; PlanError if it is not one, UsageError if there is none."""
     try:
+        with open(path, "rb") as stream:
+            if stream.read(len(ZIP)) == ZIP:
+                raise PlanError("is a plan, no checkpoint", where=path, fix="give a file that `train` wrote")
         with safe_open(str(path), framework="pt") as archive:
             header = archive.metadata() or {}
             if header.get("format") != FORMAT:
@@ -54,6 +58,6 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
                 raise PlanError(f"holds {len(archive.keys())} tensors; {MAX_TENSORS} are allowed", where=path)
             return {name: archive.get_tensor(name) for name in archive.keys()}, description  # noqa: SIM118
     except FileNotFoundError:
-        raise PlanError("no such checkpoint", where=path) from None
+        raise UsageError("no such checkpoint", where=path) from None
     except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
         raise PlanError(f"cannot be read as a checkpoint ({error})", where=path) from error

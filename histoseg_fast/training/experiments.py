@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.compiling.compile import plan_of_checkpoint
-from histoseg_fast.data import SPLITS
-from histoseg_fast.errors import PlanError
+from histoseg_fast.data import SPLITS, find_pairs
+from histoseg_fast.errors import DataError, PlanError
 from histoseg_fast.evaluation.evaluate import evaluate
 from histoseg_fast.evaluation.figures import save_curves
 from histoseg_fast.models.architectures import PAPER_ARCHITECTURES
@@ -35,13 +35,15 @@ def run_experiments(
     those of the best epoch's weights on whole images in fp32. Raises what `train` and `evaluate` raise.
     """
     root, out = Path(root), Path(out)
+    if missing := sorted(set(SPLITS) - {pair.split for pair in find_pairs(root)}):
+        raise DataError(f"the {missing[0]} split is empty", where=root, fix="name its images in split.csv")
     table_1: dict[str, Any] = {}
     for arch in PAPER_ARCHITECTURES:
         report(f"== experiment {arch}")
         train(root, out / arch, dataclasses.replace(options, arch=arch), report)
-        table_1[arch] = _score(root, out / arch, "val")
+        table_1[arch] = _score(root, out / arch, "val", options.tolerance)
         report(f"{arch}: validation cross entropy {table_1[arch]['cross_entropy']:.4f}")
-    table_2 = {split: _score(root, out / "final", split) for split in SPLITS}
+    table_2 = {split: _score(root, out / "final", split, options.tolerance) for split in SPLITS}
     record = {
         "data": root.resolve().name,
         "options": options.as_json(),
@@ -79,8 +81,8 @@ def _row(name: str, paper: float, scores: Mapping[str, Any]) -> str:
     return f"| {name} | {paper:.3f} | {ours} |"
 
 
-def _score(root: Path, run: Path, split: str) -> dict[str, Any]:
-    return evaluate(plan_of_checkpoint(run / BEST), root, split=split, precision="fp32")
+def _score(root: Path, run: Path, split: str, tolerance: float) -> dict[str, Any]:
+    return evaluate(plan_of_checkpoint(run / BEST), root, split=split, precision="fp32", tolerance=tolerance)
 
 
 def _history(run: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.labels import PAPER_PALETTE, Palette
+from histoseg_fast.models.architectures import PAPER_ARCHITECTURES
 from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.losses import Loss
 
@@ -70,6 +71,10 @@ class TrainingOptions:
         if bool(self.teacher) != ("distil" in self.loss):
             fix = "give both, e.g. --teacher FILE --loss ce=0.5,distil=0.5"
             raise UsageError("--teacher and the loss term distil need each other", fix=fix)
+        if "ce" not in self.loss and (self.class_weights or self.label_smoothing):
+            raise UsageError("--class-weights and --label-smoothing are of the loss term ce", fix="add ce to --loss")
+        if self.freeze_norms and not self.batch_norm and self.arch in PAPER_ARCHITECTURES:
+            raise UsageError(f"--freeze-norms: the network {self.arch!r} has no batch norms", fix="add --batch-norm")
         if self.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {self.precision!r}", fix="choose auto, fp32 or bf16")
         if self.class_weights and len(self.class_weights) != len(self.palette.names):
