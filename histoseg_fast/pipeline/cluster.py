@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,8 @@ START_TRIES = 3
 """Actors that may die one after the other before one is ready."""
 PATIENCE_SECONDS = 10.0
 """After so long a line says what the start waits for."""
-USAGE_STATS = "RAY_USAGE_STATS_ENABLED"
+CONNECT_SECONDS = 10.0
+ADDRESS, USAGE_STATS = "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,14 @@ def _connection() -> Iterator[None]:
 def _connect() -> None:
     import ray
 
+    address = os.environ.get(ADDRESS, "")
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        fix = "start it on a node of the cluster, as `ray job submit` does"
+        raise UsageError("Ray Client is of no use here", where=f"{ADDRESS}={address}", fix=fix)
     try:
+        if port.isdecimal():  # Ray itself would wait for minutes
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise EngineError(f"Ray cannot be reached or started: {error}", fix="check RAY_ADDRESS") from error
+        raise EngineError(f"Ray cannot be reached or started: {error}", fix=f"check {ADDRESS}") from error
