@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import platform
 import queue
@@ -128,8 +129,9 @@ class Actor:
         if setup.version != __version__:
             told = f"{host} has histoseg-fast {__version__}, the run was started by {setup.version}"
             raise UsageError(told, fix="install one version on all nodes")
-        try:
+        with contextlib.suppress(OSError):  # then it is of no use: what is not there is told below
             os.chdir(setup.cwd)
+        try:
             os.lstat(setup.first)
             setup.out.joinpath(mark).touch()
         except OSError as error:

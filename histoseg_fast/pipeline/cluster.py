@@ -115,27 +115,31 @@ class Cluster:
     has, and all others get. key : as of `Stream`. lost : whether any died.
     """
 
-    def __init__(
-        self, plan: Plan, options: InferOptions, out: Path, sources: Sequence[Source], report: Callable[[str], None]
-    ):
+    def __init__(self, out: Path, report: Callable[[str], None]):
+        self._out, self._report = out, report
+        self.members: list[Member] = []
+        self.wanted, self.key, self.lost = 0, "", False
+        self._marks: set[Path] = set()
+        self._told: set[str] = set()
+        self._futile = 0
+
+    def start(self, plan: Plan, options: InferOptions, sources: Sequence[Source]) -> None:
+        """Start the first actor and wait for it. Raises as `open_cluster` does."""
         import ray
 
         crew = Crew.fit([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
-        self._ray, self._report, self._out = ray, report, out
         self.wanted = min(crew.actors, len(sources))
-        self.members: list[Member] = []
-        self.key, self._told, self._futile, self.lost = "", set[str](), 0, False
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            self._out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise unwritable(out, error) from error
+            raise unwritable(self._out, error) from error
         options = replace(options, device="cuda" if crew.gpus else "cpu", threads=crew.threads)
-        setup = Setup(plan, options, out, os.getcwd(), sources[0].path)
+        setup = Setup(plan, options, self._out, os.getcwd(), sources[0].path)
         self._setup = ray.put(setup)
         self._actor: Any = ray.remote(Actor).options(
             num_cpus=crew.threads, num_gpus=crew.gpus, max_restarts=0, max_task_retries=0
         )
-        report(f"Ray: up to {self.wanted} actor(s), each with {crew}")
+        self._report(f"Ray: up to {self.wanted} actor(s), each with {crew}")
         first = self._first(f"waiting for Ray to find {crew} free, and for the engine to start there")
         self.device, self.name, self.precision = first.device, first.name, first.precision
         self.batch, self.key = first.batch, first.key
@@ -155,15 +159,18 @@ class Cluster:
 
     def hire(self) -> None:
         """Start an actor; it is ready when `arrive` can take it in."""
-        mark = f".{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
+        mark = self._out / f".{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
         handle = self._actor.remote()
-        self.members.append(Member(handle, self._out / mark, handle.start.remote(self._setup, mark)))
+        self._marks.add(mark)
+        self.members.append(Member(handle, mark, handle.start.remote(self._setup, mark.name)))
 
     def wait(self, seconds: float) -> list[tuple[Member, Any]]:
-        """Whose what is ready, the first of all, or nothing after so many seconds."""
+        """An actor, and what of it is ready; nothing after so many seconds."""
+        import ray
+
         owners = {ref: member for member in self.members for ref in member.at_work}
         owners |= {member.starting: member for member in self.members if member.started is None}
-        ready, _ = self._ray.wait(list(owners), timeout=seconds)
+        ready, _ = ray.wait(list(owners), timeout=seconds)
         return [(owners[ref], ref) for ref in ready]
 
     def arrive(self, member: Member) -> Started:
@@ -174,6 +181,7 @@ class Cluster:
         started: Started = self._get(member.starting)
         try:
             member.mark.unlink()
+            self._marks.remove(member.mark)
         except FileNotFoundError:
             raise UsageError(f"is another folder on {started.host}", where=self._out, fix=SHARE) from None
         if self.key not in ("", started.key):
@@ -204,14 +212,17 @@ class Cluster:
 
     def dismiss(self, member: Member) -> None:
         """Kill an actor."""
+        import ray
+
         self.members.remove(member)
-        self._ray.kill(member.handle)
+        ray.kill(member.handle)
 
     def _get(self, reference: Any) -> Any:
+        import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            return self._ray.get(reference)
+            return ray.get(reference)
         except RayTaskError as error:  # raised in the actor
             raise error.cause from None
         except RayError as error:
@@ -229,6 +240,11 @@ class Cluster:
         for member in list(self.members):
             self.dismiss(member)
 
+    def clear(self) -> None:
+        """Remove what actors left that were still starting when they were killed."""
+        for mark in self._marks:
+            mark.unlink(missing_ok=True)
+
 
 @contextlib.contextmanager
 def open_cluster(
@@ -240,14 +256,13 @@ def open_cluster(
     EngineError where Ray cannot be reached, and as `open_engine` does.
     """
     need("ray", "ray")
-    with _connection():
-        cluster = None
-        try:
-            cluster = Cluster(plan, options, out, sources, report)
+    cluster = Cluster(out, report)
+    try:
+        with _connection(), contextlib.closing(cluster):
+            cluster.start(plan, options, sources)
             yield cluster
-        finally:
-            if cluster is not None:
-                cluster.close()
+    finally:
+        cluster.clear()
 
 
 @contextlib.contextmanager

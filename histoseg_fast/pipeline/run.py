@@ -28,7 +28,7 @@ from histoseg_fast.pipeline.records import (
     write_summary,
 )
 from histoseg_fast.pipeline.shards import Shard, Share, take_share
-from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign
+from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign, refuse_urls
 from histoseg_fast.pipeline.stream import Stream
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
 from histoseg_fast.pipeline.totals import Totals
@@ -130,6 +130,7 @@ def infer(
     progress = progress or Progress()
     started = time.perf_counter()
     outputs = make_outputs(plan, options, out, Outputs)
+    refuse_urls(inputs, out)
     watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
     found = find_sources(inputs, out) if watcher is None else []
     share = None if options.shard is None else take_share(found, options.shard)
