@@ -18,7 +18,8 @@ from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.sources import find_sources
-from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.pipeline.stream import Stream
+from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.postprocess import PostProcessing
 
 PATIENCE = 120

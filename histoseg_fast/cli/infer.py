@@ -56,6 +56,7 @@ def command(
     log_format: str = typer.Option("text", help="Of what is said on stderr: text, or json, an object a line."),
     metrics: Path = typer.Option(None, metavar="FILE.prom", help="Keep figures for Prometheus' node exporter there."),
     shard: str = typer.Option("", metavar="I/N", help="Do only the I-th of N shares of the images (see `merge`)."),
+    runner: str = typer.Option("local", help="Where: local, this machine; or ray, all of a Ray cluster."),
 ) -> int:
     """Segment images: masks, overlays and a summary of areas, streamed through the engine.
 
@@ -82,6 +83,7 @@ def command(
         watch=watch,
         watch_idle=watch_idle,
         shard=Shard.parse(shard) if shard else None,
+        runner=runner,
     )
     return run(inputs, engine, out, options, metrics)
 

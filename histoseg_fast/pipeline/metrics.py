@@ -11,7 +11,8 @@ from typing import Any
 from histoseg_fast.engines import Engine
 from histoseg_fast.errors import UsageError
 from histoseg_fast.files import atomic_write
-from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.pipeline.stream import Stream
+from histoseg_fast.pipeline.totals import Totals
 
 SUFFIX = ".prom"
 """Of the files that the collector reads; it takes no notice of others, so ours are never read half-written."""

@@ -14,7 +14,7 @@ from histoseg_fast.pipeline.records import MANIFEST, RUN, read_entries, read_run
 from histoseg_fast.pipeline.shards import MAX_SHARDS, Shard
 
 COUNTS = ("images_found", "images_done", "images_failed", "images_skipped")
-HARMLESS = {"inputs", "out", "tile", "batch", "threads", "shard", "device"}
+HARMLESS = {"inputs", "out", "tile", "batch", "threads", "shard", "device", "runner"}
 """Arguments that do not decide what the outputs are (a device's kind is in `device` of run.json)."""
 SHOWN_SHARDS = 8
 Entry = dict[str, Any]

@@ -44,16 +44,8 @@ class Manifest:
             self.entries.note(entry["input"], len(line))
 
     def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
-        """Whether image `name` with digest `sha256` is done under the same plan and options (`key`), and its outputs
-        lie intact in `out` at `paths` (relative, by their manifest key; another image in the run can move them).
-        """
-        entry = self.entries.get(name)
-        if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
-            return False
-        return all(
-            entry.get(kind) == path and _digest(out / path) == entry.get(f"{kind}_sha256", "")
-            for kind, path in paths.items()
-        )
+        """As `is_complete` has it, by the last line of image `name`."""
+        return is_complete(self.entries.get(name), sha256, key, out, paths)
 
     def close(self) -> None:
         """Close the file and give the folder free."""
@@ -61,6 +53,20 @@ class Manifest:
             self._stream.close()
         self.entries.close()
         self._lock_file.close()
+
+
+def is_complete(entry: Mapping[str, Any] | None, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
+    """Whether the image with digest `sha256`, whose line is `entry`, is done under the same plan and options (`key`).
+
+    Its outputs must lie intact in `out` at `paths` (relative, by their manifest key; another image in the run can move
+    them).
+    """
+    if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
+        return False
+    return all(
+        entry.get(kind) == path and _digest(out / path) == entry.get(f"{kind}_sha256", "")
+        for kind, path in paths.items()
+    )
 
 
 class Entries(Mapping[str, dict[str, Any]]):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,13 +28,18 @@ from histoseg_fast.pipeline.records import (
     write_summary,
 )
 from histoseg_fast.pipeline.shards import Shard, Share, take_share
-from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign
-from histoseg_fast.pipeline.stream import Stream, Totals
+from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign, refuse_urls
+from histoseg_fast.pipeline.stream import Stream
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
+from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.pipeline.watch import Watcher
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import check_integer, check_number
 from histoseg_fast.tiling import check_tile
+
+if TYPE_CHECKING:
+    from histoseg_fast.pipeline.cluster import Cluster
+    from histoseg_fast.pipeline.fleet import FleetStream
 
 OutputsT = TypeVar("OutputsT", bound=Outputs)
 
@@ -42,6 +47,7 @@ CPU_STREAMS = 2
 """Batches that the CPU's cores work on side by side where there are several images: less waiting for one another."""
 MOST = 1024
 """Largest batch and number of threads."""
+RUNNERS = ("local", "ray")
 MAX_READERS = 4
 MAX_GPU_READERS = 16
 """A GPU takes images faster than a few threads decode them, and leaves the CPU to them."""
@@ -55,7 +61,7 @@ class InferOptions:
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
     reads it. shard: the part of the images to do (None: all); it decides nothing about an image's outputs.
     watch: whether to wait for images in the one input, a folder, until stopped, or until none came or changed for
-    `watch_idle` seconds.
+    `watch_idle` seconds. runner: one of `RUNNERS`, where the stream runs; on Ray, threads are those of an actor.
     """
 
     device: str = "auto"
@@ -74,6 +80,7 @@ class InferOptions:
     shard: Shard | None = None
     watch: bool = False
     watch_idle: float | None = None
+    runner: str = "local"
 
     def __post_init__(self) -> None:
         """Raises UsageError for numbers out of range; `tile` is checked with the plan."""
@@ -84,6 +91,14 @@ class InferOptions:
             raise UsageError("is of no use without --watch", where="--watch-idle", fix="give both")
         if self.shard is not None and self.watch:
             raise UsageError("the images to come cannot be dealt out", where="--shard", fix="leave --watch out")
+        if self.runner not in RUNNERS:
+            raise UsageError(f"unknown runner {self.runner!r}", where="--runner", fix="choose local or ray")
+        if self.runner == "ray" and self.watch:
+            raise UsageError("the images to come cannot be dealt out", where="--runner ray", fix="leave --watch out")
+        if self.runner == "ray" and self.shard is not None:
+            raise UsageError("Ray deals the images out itself", where="--shard", fix="leave it out")
+        if self.runner == "ray" and ":" in self.device:
+            raise UsageError("Ray gives each actor its GPU", where=f"--device {self.device}", fix="use --device cuda")
 
     def resolution(self, plan: Plan) -> Resolution:
         """The grid that images are read on. Raises UsageError where `mpp` and `level` do not go."""
@@ -115,6 +130,7 @@ def infer(
     progress = progress or Progress()
     started = time.perf_counter()
     outputs = make_outputs(plan, options, out, Outputs)
+    refuse_urls(inputs, out)
     watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
     found = find_sources(inputs, out) if watcher is None else []
     share = None if options.shard is None else take_share(found, options.shard)
@@ -122,13 +138,15 @@ def infer(
     if share is not None:
         progress.report(str(share))
     refuse_foreign(out)
-    streams = len(sources) if watcher is None else CPU_STREAMS
-    with open_stream_engine(plan, streams, options, progress.report) as engine:
+    with _open_runner(plan, options, out, None if watcher else sources, progress.report) as engine:
         try:
             with contextlib.closing(Manifest(out)) as manifest:
                 clear_partials(out)
                 drop_run(out)
-                if watcher is None:
+                stream: Any  # a Stream, or what stands for one
+                if options.runner == "ray":
+                    stream = make_fleet_stream(engine, plan, sources, outputs, manifest, options, progress)
+                elif watcher is None:
                     stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
                 else:
                     stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
@@ -149,6 +167,17 @@ def infer(
                 raise
             raise unwritable(out, error) from error
     return totals, record
+
+
+def _open_runner(
+    plan: Plan, options: InferOptions, out: Path, sources: Sequence[Source] | None, report: Callable[[str], None]
+) -> contextlib.AbstractContextManager[Any]:
+    """The engine, or the cluster that stands for it. sources : None where they are still to come."""
+    if options.runner == "ray":
+        from histoseg_fast.pipeline.cluster import open_cluster
+
+        return open_cluster(plan, options, out, sources or (), report)
+    return open_stream_engine(plan, CPU_STREAMS if sources is None else len(sources), options, report)
 
 
 def make_outputs(plan: Plan, options: InferOptions, folder: Path, kind: type[OutputsT]) -> OutputsT:
@@ -214,6 +243,22 @@ def make_stream(
         on_image=progress.image,
         on_failure=progress.failure,
     )
+
+
+def make_fleet_stream(
+    cluster: Cluster,
+    plan: Plan,
+    sources: Sequence[Source],
+    outputs: Outputs,
+    manifest: Manifest,
+    options: InferOptions,
+    progress: Progress,
+) -> FleetStream:
+    """The run of `infer` over the actors of a cluster."""
+    from histoseg_fast.pipeline.fleet import FleetStream
+
+    tile, batch = options.tile or plan.tile, options.batch or cluster.batch
+    return FleetStream(cluster, sources, outputs, manifest, progress, tile=tile, batch=batch)
 
 
 def make_watching_stream(

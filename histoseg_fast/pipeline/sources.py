@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from histoseg_fast.pipeline.records import MANIFEST
 
 OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities", "overviews", "tissue")
 """Folders of results in `out`; never read as input."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Path makes one slash of two. Windows has drives of one letter."""
 T = TypeVar("T")
 READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
 
@@ -77,6 +80,14 @@ def leave_out_companions(found: dict[str, T]) -> None:
         if path.suffix.lower() in OF_SEVERAL_FILES and str(path) in found:
             for companion in companions(path):
                 found.pop(str(companion), None)
+
+
+def refuse_urls(inputs: Sequence[str], out: Path) -> None:
+    """UsageError where one of these is a URL, and no file's or folder's name."""
+    for text in (*inputs, str(out)):
+        if _URL.match(text) and not os.path.lexists(text.split("/", 1)[0]):
+            fix = "mount it as a folder, or copy what is needed"
+            raise UsageError("URLs are neither read nor written", where=text, fix=fix)
 
 
 def refuse_foreign(out: Path) -> None:

@@ -15,7 +15,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from histoseg_fast.pipeline.job import Band, Job
 from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 from histoseg_fast.pipeline.sources import Source
+from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.tiling import TileGrid
 
 QUEUED_BANDS = 2
@@ -37,25 +37,6 @@ BIG_IMAGE_PIXELS = 1 << 24
 """Images above this are read one at a time, whatever the number of readers."""
 FATAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """A write that fails so would fail for every other image too."""
-
-
-STAGES = ("read", "engine", "stitch", "write")
-
-
-@dataclass
-class Totals:
-    """What a run has done so far: images by fate (of one that came again, each time; failed counts as it stands now),
-    pixels of done images and what of them is skipped glass, pixels segmented so far (those of images in flight too),
-    seconds by stage summed over images.
-    """
-
-    done: int = 0
-    failed: int = 0
-    skipped: int = 0
-    pixels: int = 0
-    glass: int = 0
-    segmented: int = 0
-    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 class Stream:
@@ -101,7 +82,6 @@ class Stream:
         ]
         self._stop, self._dead = threading.Event(), threading.Event()
         self._lock, self._big, self._taking = threading.Lock(), threading.Lock(), threading.Lock()
-        self._failed: set[str] = set()
         self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
         self._stitcher = self._thread(self._stitch_batches, "stitcher")
         self._writers = [self._thread(self._write_bands, f"writer-{i}", q) for i, q in enumerate(self._queues)]
@@ -357,17 +337,7 @@ class Stream:
         if entry["status"] != "skipped":
             self.manifest.add(entry)
         with self._lock:
-            if entry["input"] in self._failed:  # it came again, and what it is now counts
-                self._failed.remove(entry["input"])
-                self.totals.failed -= 1
-            if entry["status"] == "failed":
-                self._failed.add(entry["input"])
-            setattr(self.totals, entry["status"], getattr(self.totals, entry["status"]) + 1)
-            if entry["status"] == "done":
-                self.totals.pixels += entry["width"] * entry["height"]
-                self.totals.glass += entry["glass_pixels"]
-            for stage, seconds in entry.get("seconds", {}).items():
-                self.totals.stage_seconds[stage] += seconds
+            self.totals.count(entry)
         self.on_image(entry)
 
 

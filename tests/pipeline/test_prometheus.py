@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from histoseg_fast.errors import UsageError
 from histoseg_fast.pipeline import metrics as metrics_module
 from histoseg_fast.pipeline.metrics import MetricsFile, render
-from histoseg_fast.pipeline.stream import STAGES, Totals
+from histoseg_fast.pipeline.totals import STAGES, Totals
 
 parser = pytest.importorskip("prometheus_client.parser")
 ENGINE: Any = SimpleNamespace(precision="int8")
