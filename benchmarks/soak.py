@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--images 10000] [--engine fast] [--precision auto] [--seconds 0.5] [--json FILE]
 
-A few made-up fields under many names (hard links) go through one `infer` with overlays, in a temporary folder and in a
+Made-up fields of many sizes under many more names (hard links) go through one `infer` with overlays, in a temporary folder and in a
 process of their own. Its memory (RSS), open files and finished images are read from /proc and from the manifest while
 it runs. Printed: the first and the last quarter of the run, and the slope of a straight line through all of it but the
 first tenth, in which caches and arenas fill. Linux only.
@@ -29,9 +29,10 @@ from histoseg_fast.images import write_png
 from histoseg_fast.pipeline.records import MANIFEST
 from histoseg_fast.synthetic import make_field
 
-FIELDS = 4
-"""Different pictures; all images are links to them."""
-HEIGHT, WIDTH = 96, 128
+FIELDS = 200
+"""Different pictures, each of a size of its own; all images are links to them."""
+SIDES = 40, 300
+"""Of the pictures, in pixels: least and most."""
 LINKS = 5000
 """Names for one file: file systems have a limit, ext4's is 65,000."""
 WARM_UP = 0.1
@@ -53,8 +54,10 @@ def make_links(folder: Path, images: int) -> None:
     """`images` names for a few made-up fields."""
     folder.mkdir()
     files = -(-images // LINKS) + FIELDS
+    rng = np.random.default_rng(0)
     for i in range(files):
-        write_png(folder.parent / f"field{i}.png", make_field(i % FIELDS, WIDTH, HEIGHT)[0])
+        width, height = rng.integers(*SIDES, 2).tolist()
+        write_png(folder.parent / f"field{i}.png", make_field(i % FIELDS, width, height)[0])
     for i in range(images):
         os.link(folder.parent / f"field{i % files}.png", folder / f"{i:06}.png")
 
@@ -134,7 +137,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = soak(options.images, options.engine, options.precision, options.seconds)
-    print(f"{found['images']} images of {WIDTH}x{HEIGHT} in {found['seconds']:.0f} s, {found['samples']} samples")
+    print(f"{found['images']} images of {FIELDS} sizes in {found['seconds']:.0f} s, {found['samples']} samples")
     for name in ("first_quarter", "last_quarter"):
         part = found[name]
         print(

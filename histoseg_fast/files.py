@@ -6,12 +6,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".partial"
+_PARTIAL_NAME = re.compile(r"\.(.*\.)?[0-9a-f]{16}\.partial", re.DOTALL)
 """Ends the name of every file that is still being written; whatever carries it may be deleted."""
 
 BLOCK_BYTES = 1 << 20
@@ -78,6 +80,11 @@ def read_at_most(file: BinaryIO, limit: int) -> bytes:
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of that name is one that `atomic_write` had not finished."""
+    return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 def _partial(target: Path) -> Path:

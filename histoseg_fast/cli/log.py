@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -47,7 +48,8 @@ def write(level: str, event: str, text: str, **fields: Any) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         values = {"time": now, "level": level, "event": event, **fields, "message": line}
         line = json.dumps(_encodable(values), ensure_ascii=True, allow_nan=False, default=str)
-    with _lock:  # several threads tell what they finished
+    # Several threads tell what they finished. A log that is full, or that nobody reads any more, ends no run.
+    with _lock, contextlib.suppress(OSError):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 

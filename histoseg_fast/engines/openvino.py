@@ -15,6 +15,9 @@ from histoseg_fast.plan import MODEL, Plan
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 """Of what is computed in floating point; under int8, the first layer and whatever has no range."""
 
+CACHED_PRIMITIVES = 64
+"""Layers made ready for a size of input that OpenVINO keeps; with its own thousands, each new size costs memory."""
+
 
 class OpenVINOSlot(Slot):
     """A slot with an infer request of its own, which reads `input` where it lies."""
@@ -59,6 +62,7 @@ class OpenVINOEngine(Engine):
             # A pinned thread waits for whatever else the kernel put on its core: decoding, or another job.
             hint.enable_cpu_pinning: False,
             properties.inference_num_threads: threads or available_cores(),
+            "CPU_RUNTIME_CACHE_CAPACITY": CACHED_PRIMITIVES,
         }
         try:
             self._compiled = core.compile_model(model, "CPU", settings)

@@ -19,7 +19,7 @@ from histoseg_fast.errors import EngineError, UsageError
 from histoseg_fast.extras import need
 from histoseg_fast.files import TEMPORARY_SUFFIX
 from histoseg_fast.pipeline.actor import SHARE, Actor, Answer, Order, Setup, Started
-from histoseg_fast.pipeline.records import unwritable
+from histoseg_fast.pipeline.records import writing
 from histoseg_fast.pipeline.run import InferOptions
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.plan import Plan
@@ -129,10 +129,8 @@ class Cluster:
 
         crew = Crew.fit([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
         self.wanted = min(crew.actors, len(sources))
-        try:
+        with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self._out, error) from error
         options = replace(options, device="cuda" if crew.gpus else "cpu", threads=crew.threads)
         setup = Setup(plan, options, self._out, os.getcwd(), sources[0].path)
         self._setup = ray.put(setup)

@@ -69,7 +69,8 @@ class Job:
     for the rows of tiles that hold some tissue; `write` puts glass in between, and `glass_band` stands for a slide
     of nothing else.
 
-    tissue_tiles : bool (rows, columns) of the grid, which tiles are run; all, until `look_for_glass`.
+    writer : which of the stream's writers has it. tissue_tiles : bool (rows, columns) of the grid, which tiles are run;
+    all, until `look_for_glass`.
     """
 
     source: Source
@@ -77,6 +78,7 @@ class Job:
     grid: TileGrid
     outputs: Outputs
     number: int
+    writer: int | None = None
     error: HistosegError | None = None
     started: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "engine": 0.0, "stitch": 0.0, "write": 0.0})

@@ -12,21 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from histoseg_fast.errors import HistosegError, ImageError, UsageError
-from histoseg_fast.files import BLOCK_BYTES, atomic_link, atomic_write, sha256_of
+from histoseg_fast.errors import HistosegError, UsageError
+from histoseg_fast.files import BLOCK_BYTES, atomic_link, atomic_write
 from histoseg_fast.images.content import open_regular
 from histoseg_fast.pipeline.parts import Part, check_line, check_parts, describe_gaps, joined_record, read_part
 from histoseg_fast.pipeline.records import (
     MANIFEST,
+    OUTPUT_FOLDERS,
     clear_partials,
+    digest_of,
     drop_run,
     lock_folder,
     read_entries,
-    unwritable,
     write_run,
     write_summary,
+    writing,
 )
-from histoseg_fast.pipeline.sources import OUTPUT_FOLDERS, refuse_foreign
+from histoseg_fast.pipeline.sources import refuse_foreign
 
 WORKERS = 4
 """Threads that digest, link and copy."""
@@ -77,11 +79,13 @@ def merge(
     refuse_foreign(out)
     entries = _join(parts)
     merged = Merged(len(parts), describe_gaps(parts))
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(lock_folder(out)):
+        lock, locked = lock_folder(out)
+        with contextlib.closing(lock):
             _refuse_others(out, entries)
-            clear_partials(out)
+            if locked:
+                clear_partials(out)
             drop_run(out)
             (out / MANIFEST).touch()  # from here on the folder is a run's, also for a merge that follows a kill
             _place_all(parts, entries, out, merged, progress)
@@ -89,10 +93,6 @@ def merge(
                 stream.writelines(json.dumps(entry, ensure_ascii=True).encode() + b"\n" for entry in merged.entries)
             write_summary(out, merged.entries, parts[0].classes)
             write_run(out, joined_record(parts, merged.entries, out))
-    except OSError as error:
-        if isinstance(error, ImageError):
-            raise
-        raise unwritable(out, error) from error
     return merged
 
 
@@ -194,10 +194,10 @@ def place(source: Path, target: Path, sha256: str) -> str:
     """
 
     def check(path: Path) -> None:
-        if _digest(path) != sha256:
+        if digest_of(path) != sha256:
             raise Damaged(f"{source} is not what the run wrote")
 
-    if target.is_file() and not target.is_symlink() and _digest(target) == sha256:
+    if target.is_file() and not target.is_symlink() and digest_of(target) == sha256:
         return "kept"
     if not source.is_file():
         raise Damaged(f"{source} is missing")
@@ -225,12 +225,3 @@ def _read(reader: Any, source: Path) -> bytes:
         return reader.read(BLOCK_BYTES)
     except OSError as error:
         raise Damaged(f"{source} cannot be read: {error.strerror or error}") from error
-
-
-def _digest(path: Path) -> str | None:
-    """None where the file cannot be read."""
-    try:
-        with open_regular(path) as stream:
-            return sha256_of(stream)
-    except OSError:
-        return None

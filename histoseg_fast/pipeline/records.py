@@ -8,37 +8,45 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from histoseg_fast.errors import DataError, ImageError, UsageError
-from histoseg_fast.files import TEMPORARY_SUFFIX, atomic_write, refuse_irregular, sha256_of
+from histoseg_fast.files import atomic_write, is_partial, refuse_irregular, sha256_of
+from histoseg_fast.images.content import open_regular
 
 MANIFEST, SUMMARY, RUN, LOCK = "manifest.jsonl", "summary.csv", "run.json", ".lock"
+OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities", "overviews", "tissue")
+"""Folders of results in `out`; never read as input."""
 
 
 class Manifest:
     """DIR/manifest.jsonl: a line an image, appended as images finish; the last line of an image counts.
 
-    Opening it reads what an earlier run left (a torn last line, from a kill, is dropped) and locks the
-    folder: a second run into the same folder raises UsageError. Raises OSError as the file system does.
+    Opening it reads what an earlier run left (a torn last line, from a kill, is dropped), locks the folder (a second
+    run into the same folder raises UsageError) and removes the half-written files that a killed run left. Where the
+    file system cannot lock, `report` gets a line, and nothing is removed. Raises OSError as the file system does.
     """
 
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, report: Callable[[str], None] = lambda line: None):
         self.path = out / MANIFEST
         out.mkdir(parents=True, exist_ok=True)
         refuse_irregular(self.path)
-        self._lock_file = lock_folder(out)
+        self._lock_file, locked = lock_folder(out)
+        if not locked:
+            report(f"{out}: this file system cannot lock; let no two runs write there at once")
         self._lock = threading.Lock()
         self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
         self.entries = Entries(self.path)
         self._stream.truncate(self.entries.size)
+        if locked:
+            clear_partials(out)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append the line of one image; it is in the file when this returns."""
+        """Append the line of one image; it is in the file when this returns. ImageError where that cannot be."""
         line = (json.dumps(entry, ensure_ascii=True) + "\n").encode("ascii")
-        with self._lock:
+        with self._lock, writing(self.path):
             self._stream.write(line)
             self._stream.flush()
             self.entries.note(entry["input"], len(line))
@@ -64,7 +72,7 @@ def is_complete(entry: Mapping[str, Any] | None, sha256: str, key: str, out: Pat
     if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
         return False
     return all(
-        entry.get(kind) == path and _digest(out / path) == entry.get(f"{kind}_sha256", "")
+        entry.get(kind) == path and digest_of(out / path) == entry.get(f"{kind}_sha256", "")
         for kind, path in paths.items()
     )
 
@@ -135,28 +143,31 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[dict[str, Any] | None, int]]
         yield entry, len(line)
 
 
-def lock_folder(out: Path) -> io.IOBase:
-    """Keep other runs out of `out` until what is returned is closed. UsageError where another run is in it."""
+def lock_folder(out: Path) -> tuple[io.IOBase, bool]:
+    """Keep other runs out of `out` until the file that is returned is closed; and whether that could be done.
+
+    UsageError where another run is in it. Windows, and some network file systems, do not lock.
+    """
     refuse_irregular(out / LOCK)
     stream = open(out / LOCK, "ab")  # noqa: SIM115 (the lock lives as long as the file is open)
     try:
         import fcntl
-    except ImportError:  # Windows: opened for appending by two runs, it is not refused there
-        return stream
+    except ImportError:
+        return stream, False
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError:
         stream.close()
-        if isinstance(error, BlockingIOError):
-            raise UsageError(
-                "another run is writing here", where=out, fix="wait for it, or use another --out"
-            ) from None
-    return stream
+        raise UsageError("another run is writing here", where=out, fix="wait for it, or use another --out") from None
+    except OSError:
+        return stream, False
+    return stream, True
 
 
-def _digest(path: Path) -> str | None:
+def digest_of(path: Path) -> str | None:
+    """Hex SHA-256 of a regular file; None where it cannot be read."""
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return sha256_of(stream)
     except OSError:
         return None
@@ -237,24 +248,26 @@ def drop_run(out: Path) -> None:
     (out / RUN).unlink(missing_ok=True)
 
 
-def unwritable(out: Path, error: OSError) -> ImageError:
-    """What to raise where nothing can be written to `out`."""
-    reason = error.strerror or str(error)
-    return ImageError(
-        f"cannot be written: {reason}", where=error.filename or out, fix="choose another --out, or free space"
-    )
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Make ImageError of an OSError while records of a run are written to `out`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ImageError):
+            raise
+        reason, fix = error.strerror or str(error), "choose another --out, or free space"
+        raise ImageError(f"cannot be written: {reason}", where=error.filename or out, fix=fix) from error
 
 
 def clear_partials(out: Path) -> None:
     """Remove the half-written files that a killed run left in `out`; the lock must be held.
 
-    Folders of other runs below it are left alone.
+    They lie beside the records and in the folders of results; others, and names that are not ours, are left alone.
     """
-    for folder, folders, files in os.walk(out):
-        if MANIFEST in files and Path(folder) != out:
-            folders.clear()
-            continue
-        for file in files:
-            if file.startswith(".") and file.endswith(TEMPORARY_SUFFIX):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, file))
+    folders = [(str(out), os.listdir(out))]
+    folders += [(folder, files) for name in OUTPUT_FOLDERS for folder, _, files in os.walk(out / name)]
+    for folder, files in folders:
+        for file in filter(is_partial, files):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, file))

@@ -14,18 +14,19 @@ import numpy as np
 
 from histoseg_fast import __version__
 from histoseg_fast.engines import Engine, open_engine
-from histoseg_fast.errors import HistosegError, ImageError, UsageError
+from histoseg_fast.errors import HistosegError, UsageError
 from histoseg_fast.images import OutlineOptions, Resolution
 from histoseg_fast.machine import available_cores, peak_rss_bytes
 from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.records import (
+    MANIFEST,
     Manifest,
-    clear_partials,
     drop_run,
+    lock_folder,
     run_key,
-    unwritable,
     write_run,
     write_summary,
+    writing,
 )
 from histoseg_fast.pipeline.shards import Shard, Share, take_share
 from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign, refuse_urls
@@ -138,35 +139,51 @@ def infer(
     if share is not None:
         progress.report(str(share))
     refuse_foreign(out)
+    if (out / MANIFEST).exists():  # that another run is here is told before an engine is built, which may take long
+        with writing(out):
+            lock_folder(out)[0].close()
     with _open_runner(plan, options, out, None if watcher else sources, progress.report) as engine:
-        try:
-            with contextlib.closing(Manifest(out)) as manifest:
-                clear_partials(out)
+        with writing(out):
+            manifest = Manifest(out, progress.report)
+        with contextlib.closing(manifest):
+            with writing(out):
                 drop_run(out)
-                stream: Any  # a Stream, or what stands for one
-                if options.runner == "ray":
-                    stream = make_fleet_stream(engine, plan, sources, outputs, manifest, options, progress)
-                elif watcher is None:
-                    stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
-                else:
-                    stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
-                progress.start(engine, len(sources) if watcher is None else None, stream)
-                try:
-                    totals = stream.run(progress.poll)
-                finally:
-                    mine = (entry for entry in manifest.entries.values() if entry.get("key") == stream.key)
-                    write_summary(out, mine, plan.palette.names)
-                    arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
-                    record = {
-                        "arguments": arguments,
-                        **_record(plan, stream, len(found), share, time.perf_counter() - started),
-                    }
-                    write_run(out, record)
-        except OSError as error:
-            if isinstance(error, ImageError):
+            stream: Any  # a Stream, or what stands for one
+            if options.runner == "ray":
+                stream = make_fleet_stream(engine, plan, sources, outputs, manifest, options, progress)
+            elif watcher is None:
+                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
+            else:
+                stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
+
+            progress.start(engine, len(sources) if watcher is None else None, stream)
+            arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
+            try:
+                totals = stream.run(progress.poll)
+            except BaseException:
+                with contextlib.suppress(HistosegError):  # what ended the run is what is told
+                    _write_records(out, plan, stream, manifest, arguments, len(found), share, started)
                 raise
-            raise unwritable(out, error) from error
-    return totals, record
+            return totals, _write_records(out, plan, stream, manifest, arguments, len(found), share, started)
+
+
+def _write_records(
+    out: Path,
+    plan: Plan,
+    stream: Any,
+    manifest: Manifest,
+    arguments: dict[str, Any],
+    found: int,
+    share: Share | None,
+    started: float,
+) -> dict[str, Any]:
+    """Write summary.csv and run.json, of what is done so far; the latter's content."""
+    mine = (entry for entry in manifest.entries.values() if entry.get("key") == stream.key)
+    with writing(out):
+        write_summary(out, mine, plan.palette.names)
+        record = {"arguments": arguments, **_record(plan, stream, found, share, time.perf_counter() - started)}
+        write_run(out, record)
+    return record
 
 
 def _open_runner(
@@ -276,8 +293,9 @@ def make_watching_stream(
         watcher.over(entry)
         progress.image(entry)
 
-    sources = watcher.sources(dict(manifest.entries))
-    return make_stream(engine, plan, sources, outputs, manifest, options, replace(progress, image=over))
+    return make_stream(
+        engine, plan, watcher.sources(manifest.entries), outputs, manifest, options, replace(progress, image=over)
+    )
 
 
 def _record(plan: Plan, stream: Stream, found: int, share: Share | None, wall: float) -> dict[str, Any]:

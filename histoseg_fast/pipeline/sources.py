@@ -17,10 +17,8 @@ import numpy as np
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
 from histoseg_fast.images.companions import OF_SEVERAL_FILES, companions
-from histoseg_fast.pipeline.records import MANIFEST
+from histoseg_fast.pipeline.records import MANIFEST, OUTPUT_FOLDERS
 
-OUTPUT_FOLDERS = ("masks", "overlays", "geojson", "probabilities", "overviews", "tissue")
-"""Folders of results in `out`; never read as input."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Path makes one slash of two. Windows has drives of one letter."""
 T = TypeVar("T")
@@ -112,7 +110,10 @@ def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:
             if os.path.isdir(match):
                 yield from walk(Path(match), out, _unlisted)
             elif Path(match).suffix.lower() in READ_SUFFIXES:
-                yield Path(match), Path(match).relative_to(_fixed_part(text)).as_posix()
+                name = Path(match).relative_to(_fixed_part(text))
+                if ".." in name.parts:
+                    raise UsageError("goes up behind a wildcard", where=text, fix="give the folder it ends in")
+                yield Path(match), name.as_posix()
     else:
         raise UsageError("no such file or folder", where=text)
 

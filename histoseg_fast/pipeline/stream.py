@@ -80,11 +80,12 @@ class Stream:
         self._queues: list[queue.Queue[tuple[Job, Band | None] | None]] = [
             queue.Queue(QUEUED_BANDS) for _ in range(writers)
         ]
+        self._open: list[set[int]] = [set() for _ in range(writers)]
         self._stop, self._dead = threading.Event(), threading.Event()
         self._lock, self._big, self._taking = threading.Lock(), threading.Lock(), threading.Lock()
         self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
         self._stitcher = self._thread(self._stitch_batches, "stitcher")
-        self._writers = [self._thread(self._write_bands, f"writer-{i}", q) for i, q in enumerate(self._queues)]
+        self._writers = [self._thread(self._write_bands, f"writer-{i}", i) for i in range(writers)]
 
     def run(self, poll: Callable[[], None] = lambda: None) -> Totals:
         """Work until all is done or stopped; `poll` is called about ten times a second. Raises what ended the run."""
@@ -267,8 +268,12 @@ class Stream:
                 self._put(self._queue(job), (job, band))
 
     def _queue(self, job: Job) -> queue.Queue:
-        """All bands of an image go to one writer, in order."""
-        return self._queues[job.number % len(self._queues)]
+        """All bands of an image go to one writer, in order: to the one that has the fewest images at the first."""
+        with self._lock:
+            if job.writer is None:
+                job.writer = min(range(len(self._open)), key=lambda i: len(self._open[i]))
+                self._open[job.writer].add(job.number)
+            return self._queues[job.writer]
 
     def _fail(self, job: Job, error: HistosegError) -> None:
         if job.fail(error):
@@ -276,8 +281,8 @@ class Stream:
 
     # -- writers ---------------------------------------------------------------------------------------
 
-    def _write_bands(self, waiting: queue.Queue) -> None:
-        jobs: dict[int, Job] = {}
+    def _write_bands(self, place: int) -> None:
+        waiting, jobs = self._queues[place], dict[int, Job]()
         try:
             while not self._dead.is_set():
                 try:
@@ -292,6 +297,8 @@ class Stream:
                 jobs[job.number] = job
                 if self._write_band(job, band):
                     del jobs[job.number]
+                    with self._lock:
+                        self._open[place].discard(job.number)
         finally:
             for job in jobs.values():
                 job.abandon()

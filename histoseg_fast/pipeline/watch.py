@@ -84,6 +84,7 @@ class Watcher:
         for name, entry in entries.items():
             if (stem := _stem_of(entry)) is not None:
                 self._owners[stem.casefold()] = name
+        del entries  # which may be many
         while True:
             if time.monotonic() >= self._next_scan:
                 self._scan()

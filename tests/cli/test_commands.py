@@ -312,7 +312,11 @@ def test_eval_leaves_the_crf_out_where_infer_would(run, data, monkeypatch, tiny_
         return json.loads(run("eval", data[0], "--engine", tiny_plan_path, "--postprocess", steps, "--json", "-")[1])
 
     with_crf, without = scores("crf,crf.iterations=1,min_island=9"), scores("min_island=9")
+    assert with_crf.pop("postprocessed_in_part") == ["0.png", "1.png", "2.png"]
+    assert without.pop("postprocessed_in_part") == []
     assert with_crf.pop("postprocess") != without.pop("postprocess") and with_crf == without
+    told = run("eval", data[0], "--engine", tiny_plan_path, "--postprocess", "crf,min_island=9")[2]
+    assert told.count("too large for post-processing") == 3 and "scored with min_island=9" in told
 
 
 def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
@@ -320,11 +324,12 @@ def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
     engine = ("--engine", tiny_plan_path)
     (tmp_path / "bad.safetensors").write_text("hello")
     (tmp_path / "file").write_text("")
-    fails("eval", tmp_path / "nowhere", *engine, words=["no such folder"])
-    fails("eval", folder, *engine, "--split", "other", words=["'other'"])
+    fails("eval", tmp_path / "nowhere", *engine, code=2, words=["no such folder"])
+    fails("eval", folder, *engine, "--split", "other", code=2, words=["'other'", "train, val, test"])
+    fails("eval", folder, *engine, "--split", "train", words=["no image in split 'train'"])
     fails("eval", folder, "--engine", tmp_path / "no.plan", code=2, words=["no such plan"])
     fails("eval", folder, "--engine", tmp_path / "bad.safetensors", words=["bad.safetensors"])
-    fails("eval", folder, "--engine", tmp_path / "no.safetensors", words=["no such checkpoint"])
+    fails("eval", folder, "--engine", tmp_path / "no.safetensors", code=2, words=["no such checkpoint"])
     fails("eval", folder, *engine, "--precision", "int4", code=2, words=["'int4'"])
     fails("eval", folder, *engine, "--postprocess", "median=3", code=2, words=["'median=3' is no post-processing"])
     Image.fromarray(np.full((40, 51, 3), 77, np.uint8)).save(folder / "labels" / "0.png")
@@ -333,11 +338,34 @@ def test_eval_refuses(fails, data, tmp_path, tiny_plan_path):
     fails("eval", folder, *engine, words=["0.png"])
 
 
-def test_eval_names_a_file_that_it_cannot_write(run, data, tmp_path, tiny_plan_path):
+def test_what_cannot_be_written_is_told_before_the_work(fails, data, tmp_path, tiny_plan_path, monkeypatch):
+    monkeypatch.setattr(plans, "open_plan", lambda name: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
-    code, out, err = run("eval", data[0], "--engine", tiny_plan_path, "--json", tmp_path / "file" / "x.json")
-    assert code == 2 and "pixel accuracy" in out
-    assert err.count("\n") == 1 and "x.json: cannot be written" in err
+    for target in (tmp_path / "file" / "x", tmp_path):
+        words = [f"{target}: cannot be written"]
+        fails("eval", data[0], "--engine", tiny_plan_path, "--json", target, code=2, words=words)
+        fails("compile", checkpoint(tmp_path / "c.safetensors", "two"), "-o", target, code=2, words=words)
+
+
+def test_no_command_writes_over_its_input(fails, tmp_path, tiny_plan_path):
+    source = checkpoint(tmp_path / "c.safetensors", "two")
+    plan = tmp_path / "a.plan"
+    plan.write_bytes(tiny_plan_path.read_bytes())
+    before = source.read_bytes(), plan.read_bytes()
+    fails("compile", source, "-o", tmp_path / "." / "c.safetensors", code=2, words=["is the input itself"])
+    fails("export", plan, "--format", "onnx", "-o", plan, code=2, words=["is the input itself"])
+    assert (source.read_bytes(), plan.read_bytes()) == before
+
+
+def test_options_that_would_do_nothing_are_refused(fails, tmp_path):
+    source, out = checkpoint(tmp_path / "c.safetensors", "two"), ("-o", tmp_path / "x")
+    fails("compile", source, *out, "--mean", "1,2,3", code=2, words=["--mean would do nothing without an .onnx"])
+    fails("compile", source, *out, "--workspace", 2, code=2, words=["--workspace would do nothing without --tensorrt"])
+    for options in (["--precision", "fp8"], ["--version-compatible"]):
+        fails("export", "fast", "--format", "onnx", *out, *options, code=2, words=[f"{options[0]} would do nothing"])
+    fails("export", "fast", "--format", "onnx", *out, "--platform", "tensorrt", code=2, words=["--format triton"])
+    fails("demo", tmp_path, "--images", 3, code=2, words=["--images"])
+    assert not (tmp_path / "x").exists()
 
 
 # -- compile ---------------------------------------------------------------------------------------
@@ -388,7 +416,9 @@ def test_compile_refuses(run, fails, tmp_path):
     (tmp_path / "bad.safetensors").write_text("hello")
     (tmp_path / "empty").mkdir()
     source, out = checkpoint(tmp_path / "c.safetensors", "two"), ("-o", tmp_path / "a.plan")
-    fails("compile", tmp_path / "no.safetensors", *out, words=["no such checkpoint"])
+    fails("compile", tmp_path / "no.safetensors", *out, code=2, words=["no such checkpoint"])
+    (tmp_path / "a.safetensors").write_bytes(pack({}, {}))
+    fails("compile", tmp_path / "a.safetensors", *out, words=["is a plan, no checkpoint"])
     fails("compile", tmp_path / "bad.safetensors", *out, words=["bad.safetensors", "cannot be read"])
     fails("compile", source, *out, "--precision", "int4", code=2, words=["'int4'"])
     fails("compile", source, *out, "--precision", "int8", code=2, words=["int8 takes its ranges", "--calibrate DIR"])

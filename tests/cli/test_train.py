@@ -138,9 +138,9 @@ def test_a_bad_folder_is_one_line_before_any_training(
     assert errors.startswith(f"histoseg-fast: {root}: 2 problem(s)")
     assert "train0.png" in errors and "val0.png" in errors and "off the palette" in errors
     assert not (tmp_path / "out").exists()
-    assert main(monkeypatch, tmp_path / "gone", "--out", tmp_path / "out", *SMALL) == 1
+    assert main(monkeypatch, tmp_path / "gone", "--out", tmp_path / "out", *SMALL) == 2
     output, errors = capfd.readouterr()
-    assert output == "" and errors.count("\n") == 1 and "images/: no such folder" in errors
+    assert output == "" and errors == f"histoseg-fast: {tmp_path / 'gone'}: no such folder\n"
 
 
 NEED = "--teacher and the loss term distil need each other; give both, e.g. --teacher FILE --loss ce=0.5,distil=0.5"
@@ -196,9 +196,9 @@ def test_a_teacher_that_is_none_is_one_line(
 ) -> None:
     root = easy_folder(tmp_path / "data", side=16)
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
-    for name, told in (("gone", "no such checkpoint"), ("bad", "cannot be read as a checkpoint")):
+    for name, told, code in (("gone", "no such checkpoint", 2), ("bad", "cannot be read as a checkpoint", 1)):
         teacher = ["--teacher", str(tmp_path / f"{name}.safetensors"), "--loss", "distil"]
-        assert main(monkeypatch, root, "--out", tmp_path / "out", *SMALL, *teacher) == 1
+        assert main(monkeypatch, root, "--out", tmp_path / "out", *SMALL, *teacher) == code
         output, errors = capfd.readouterr()
         assert output == "" and errors.count("\n") == 1 and f"{name}.safetensors: {told}" in errors
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ START = {
     "plan": ("histoseg_fast.plans", "open_plan"),
     "find": ("histoseg_fast.pipeline.run", "find_sources"),
     "engine": ("histoseg_fast.pipeline.run", "open_stream_engine"),
-    "partials": ("histoseg_fast.pipeline.run", "clear_partials"),
+    "partials": ("histoseg_fast.pipeline.records", "clear_partials"),
 }
 END = {
     "summary": ("histoseg_fast.pipeline.run", "write_summary"),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running import FakeEngine, entries, finish, make_pictures, make_stream, partials, picture, results, run_stream
+from running import (
+    PATIENCE,
+    FakeEngine,
+    entries,
+    finish,
+    make_pictures,
+    make_stream,
+    partials,
+    picture,
+    results,
+    run_stream,
+)
 
 from histoseg_fast import _core
 from histoseg_fast.engines.base import Slot
@@ -16,6 +29,7 @@ from histoseg_fast.errors import EngineError, ImageError
 from histoseg_fast.images import MaskWriter, write_png
 from histoseg_fast.images.content import Content
 from histoseg_fast.labels import PAPER_PALETTE
+from histoseg_fast.pipeline import run
 from histoseg_fast.pipeline import stream as stream_module
 from histoseg_fast.pipeline.job import Job
 from histoseg_fast.pipeline.outputs import Outputs
@@ -199,3 +213,55 @@ def test_each_image_is_counted_once_however_many_stages_it_fails_in(
     totals = run_stream(FakeEngine(broken=255), tmp_path / "in", tmp_path / "out", **options)
     assert (totals.done, totals.failed) == (0, 40)
     assert sorted(reported) == sorted(set(reported)) and len(reported) == 40
+
+
+def test_a_slow_image_holds_up_its_own_writer_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images go to the writer that has the fewest: while one is busy, all the others pass it by."""
+    make_pictures(tmp_path / "in", 12, 40, 40)
+    passed, finish_job = threading.Event(), Job.finish
+    order: list[int] = []
+
+    def slow(job: Job) -> dict[str, object]:
+        if job.number == 0:
+            assert passed.wait(PATIENCE), "the others wait for it"
+        entry = finish_job(job)
+        order.append(job.number)
+        if len(order) == 11:
+            passed.set()
+        return entry
+
+    monkeypatch.setattr(Job, "finish", slow)
+    assert run_stream(FakeEngine(), tmp_path / "in", tmp_path / "out", readers=1, writers=2).done == 12
+    assert order[-1] == 0
+
+
+def test_what_ended_a_run_is_told_also_where_its_records_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_plan
+) -> None:
+    make_pictures(tmp_path / "in", 1)
+    gone = EngineError("the device is gone")
+
+    def fail(number: int) -> None:
+        raise gone
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "open_engine", lambda *_, **__: contextlib.nullcontext(FakeEngine(on_wait=fail)))
+    monkeypatch.setattr(run, "write_summary", full)
+    with pytest.raises(EngineError) as raised:
+        run.infer(tiny_plan, [str(tmp_path / "in")], tmp_path / "out", run.InferOptions())
+    assert raised.value is gone
+
+
+def test_what_progress_raises_is_not_blamed_on_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_plan
+) -> None:
+    make_pictures(tmp_path / "in", 1)
+    monkeypatch.setattr(run, "open_engine", lambda *_, **__: contextlib.nullcontext(FakeEngine()))
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run.infer(tiny_plan, [str(tmp_path / "in")], tmp_path / "out", run.InferOptions(), run.Progress(start=broken))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from histoseg_fast.files import atomic_write
 from histoseg_fast.pipeline.records import (
     Manifest,
     clear_partials,
+    digest_of,
     read_entries,
     run_key,
     tumour_stroma_ratio,
@@ -243,9 +246,13 @@ def test_a_full_disk_at_the_last_flush_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_clear_partials_takes_its_own_files_only(tmp_path: Path) -> None:
-    keep = [tmp_path / "masks" / name for name in ("a.png", "b.partial", ".hidden")]
-    lost = [tmp_path / "masks" / ".a.png.12-3.partial", tmp_path / ".summary.csv.7-0.partial"]
-    (tmp_path / "masks").mkdir()
+    """Names are those that `atomic_write` gives; an upload beside the results may end in .partial, too."""
+    digits = "0123456789abcdef"
+    keep = [tmp_path / "masks" / name for name in ("a.png", "b.partial", ".hidden", ".a.png.12-3.partial")]
+    keep += [tmp_path / ".slide.svs.partial", tmp_path / "study" / f".a.png.{digits}.partial"]
+    lost = [tmp_path / "masks" / "deep" / f".a.png.{digits}.partial", tmp_path / f".summary.csv.{digits}.partial"]
+    for folder in ("masks/deep", "study"):
+        (tmp_path / folder).mkdir(parents=True)
     for path in (*keep, *lost):
         path.write_bytes(b"")
     clear_partials(tmp_path)
@@ -261,3 +268,25 @@ def test_every_manifest_line_says_what_ran(tmp_path: Path) -> None:
         assert bool(entry["error"]) == (entry["status"] == "failed")
         if entry["status"] == "done":
             assert set(entry["seconds"]) == {"read", "engine", "stitch", "write"} and len(entry["sha256"]) == 64
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_where_nothing_can_be_locked_it_is_said_and_nothing_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some network file systems; the half-written files may be those of a run that goes on."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".summary.csv.0123456789abcdef.partial").write_bytes(b"")
+    told: list[str] = []
+    Manifest(tmp_path, told.append).close()
+    assert len(told) == 1 and "cannot lock" in told[0]
+    assert (tmp_path / ".summary.csv.0123456789abcdef.partial").exists()
+
+
+def test_a_pipe_in_a_masks_place_is_no_intact_output(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    assert digest_of(tmp_path / "a.png") is None

@@ -57,6 +57,13 @@ def test_patterns_and_literal_names_that_look_like_one(tmp_path: Path) -> None:
     assert names([str(data / "d*")], tmp_path / "out") == ["a4.png"]
 
 
+def test_patterns_that_go_up_behind_a_wildcard_would_write_elsewhere(tmp_path: Path) -> None:
+    touch(tmp_path, "a/deep/x.png", "b/y.png")
+    assert names([f"{tmp_path}/a/../b/*.png"], tmp_path / "out") == ["y.png"]
+    with pytest.raises(UsageError, match="goes up behind a wildcard"):
+        find_sources([f"{tmp_path}/a/*/../../b/*.png"], tmp_path / "out")
+
+
 def test_images_that_share_a_stem_keep_their_suffix(tmp_path: Path) -> None:
     data = touch(tmp_path / "data", "a.png", "a.jpg", "b.png", "A/a.png")
     assert stems([str(data)], tmp_path / "out") == ["A/a", "a.jpg", "a.png", "b"]

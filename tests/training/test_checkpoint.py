@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from histoseg_fast.errors import PlanError
+from histoseg_fast.errors import PlanError, UsageError
 from histoseg_fast.training import checkpoint
 from histoseg_fast.training.checkpoint import FORMAT, REQUIRED, read_checkpoint, write_checkpoint
 
@@ -102,7 +102,8 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     for other in (b"\xff" * 64, b"GIF89a" * 20, data[:8] + b"x" * (len(data) - 8), data + b"more"):
         path.write_bytes(other)
         assert "cannot be read as a checkpoint" in refused(path)
-    assert "no such checkpoint" in refused(tmp_path / "gone.safetensors")
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "gone.safetensors")
     refused(tmp_path)
 
 

@@ -155,7 +155,7 @@ def test_teachers_that_do_not_fit(fit: Fit, tmp_path: Path, teacher: Path, monke
     """All are told before any image is read."""
     monkeypatch.setattr(loop, "find_pairs", lambda root: pytest.fail("this should not have been reached"))
     cases: list[tuple[Any, type[Exception], str]] = [
-        (tmp_path / "gone.safetensors", PlanError, "gone.safetensors: no such checkpoint"),
+        (tmp_path / "gone.safetensors", UsageError, "gone.safetensors: no such checkpoint"),
         (checkpoint(tmp_path / "other.safetensors", "one", classes=["a", "b", "c"]), PlanError, "has other classes"),
         (checkpoint(tmp_path / "fast.safetensors", "fast"), UsageError, "--crop 16 is no multiple of the teacher's"),
         (tmp_path, PlanError, "cannot be read as a checkpoint"),

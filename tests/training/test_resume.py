@@ -185,8 +185,8 @@ def test_a_run_from_before_an_option_goes_on(fit: Fit, tmp_path: Path) -> None:
     tensors, description = read_checkpoint(tmp_path / "out" / LAST)
     del description["training"]["options"]["freeze_norms"]
     write_checkpoint(tmp_path / "out" / LAST, tensors, description)
-    with pytest.raises(UsageError, match=r"other options \(freeze_norms\)"):
-        fit(tmp_path / "out", epochs=3, freeze_norms=2)
+    with pytest.raises(UsageError, match=r"other options \(batch_norm, freeze_norms\)"):
+        fit(tmp_path / "out", epochs=3, batch_norm=True, freeze_norms=2)
     fit(tmp_path / "out", epochs=3)
     assert read_checkpoint(tmp_path / "out" / LAST)[1]["epoch"] == 3
 
