@@ -121,7 +121,12 @@ def test_relative_paths_start_where_the_run_does(
     (tmp_path / "in" / "bad.png").write_bytes(b"?" * 100)
     monkeypatch.chdir(tmp_path)
     run(tiny_plan, Path("in"), Path("local"), LOCAL)
-    run(tiny_plan, Path("in"), Path("ray"), RAY)
+    monkeypatch.setattr("histoseg_fast.pipeline.cluster.PATIENCE_SECONDS", 0.01)
+    _, lines = run(tiny_plan, Path("in"), Path("ray"), RAY)
+    assert lines == [
+        "Ray: up to 2 actor(s), each with 1 CPU(s)",
+        "waiting for Ray to find 1 CPU(s) free, and for the engine to start there",
+    ]
     assert same(tmp_path / "local", tmp_path / "ray")
 
 
