@@ -22,6 +22,7 @@ from histoseg_fast.images import OutlineOptions, write_png
 from histoseg_fast.pipeline import fleet
 from histoseg_fast.pipeline.cluster import START_TRIES, Crew
 from histoseg_fast.pipeline.run import InferOptions, Progress, infer
+from histoseg_fast.pipeline.shards import Shard
 from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.plan import Plan
 
@@ -253,6 +254,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_leaves_no_actor(
     ("options", "says"),
     [
         ({"watch": True}, "--runner ray: the images to come cannot be dealt out; leave --watch out"),
+        ({"shard": Shard(1, 2)}, "--shard: Ray deals the images out itself; leave it out"),
         ({"device": "cuda:0,1"}, "--device cuda:0,1: Ray gives each actor its GPU; use --device cuda"),
         ({"runner": "dask"}, "--runner: unknown runner 'dask'; choose local or ray"),
     ],
