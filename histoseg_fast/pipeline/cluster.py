@@ -201,8 +201,9 @@ class Cluster:
         self.lost = True
         self.dismiss(member)
         if member.started is not None:
-            work = f"; {len(member.at_work)} image(s) are to be done again" if member.at_work else ""
-            return self._report(f"Ray: an actor on {member.started.host} died{work}")
+            return self._report(
+                f"Ray: an actor on {member.started.host} died; it was at {len(member.at_work)} image(s)"
+            )
         self._futile += 1
         if self._futile == START_TRIES:
             reason = str(error).strip().splitlines()
@@ -241,7 +242,8 @@ class Cluster:
     def clear(self) -> None:
         """Remove what actors left that were still starting when they were killed."""
         for mark in self._marks:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mark.unlink()
 
 
 @contextlib.contextmanager

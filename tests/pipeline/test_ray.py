@@ -22,6 +22,7 @@ from histoseg_fast.images import OutlineOptions, write_png
 from histoseg_fast.pipeline import fleet
 from histoseg_fast.pipeline.cluster import START_TRIES, Crew
 from histoseg_fast.pipeline.run import InferOptions, Progress, infer
+from histoseg_fast.pipeline.shards import Shard
 from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.plan import Plan
 
@@ -121,7 +122,12 @@ def test_relative_paths_start_where_the_run_does(
     (tmp_path / "in" / "bad.png").write_bytes(b"?" * 100)
     monkeypatch.chdir(tmp_path)
     run(tiny_plan, Path("in"), Path("local"), LOCAL)
-    run(tiny_plan, Path("in"), Path("ray"), RAY)
+    monkeypatch.setattr("histoseg_fast.pipeline.cluster.PATIENCE_SECONDS", 0.01)
+    _, lines = run(tiny_plan, Path("in"), Path("ray"), RAY)
+    assert lines == [
+        "Ray: up to 2 actor(s), each with 1 CPU(s)",
+        "waiting for Ray to find 1 CPU(s) free, and for the engine to start there",
+    ]
     assert same(tmp_path / "local", tmp_path / "ray")
 
 
@@ -248,6 +254,7 @@ def test_an_interrupted_run_keeps_what_is_done_and_leaves_no_actor(
     ("options", "says"),
     [
         ({"watch": True}, "--runner ray: the images to come cannot be dealt out; leave --watch out"),
+        ({"shard": Shard(1, 2)}, "--shard: Ray deals the images out itself; leave it out"),
         ({"device": "cuda:0,1"}, "--device cuda:0,1: Ray gives each actor its GPU; use --device cuda"),
         ({"runner": "dask"}, "--runner: unknown runner 'dask'; choose local or ray"),
     ],
