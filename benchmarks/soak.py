@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--images 10000] [--engine fast] [--precision auto] [--seconds 0.5] [--json FILE]
 
-Made-up fields of many sizes under many more names (hard links) go through one `infer` with overlays, in a temporary folder and in a
-process of their own. Its memory (RSS), open files and finished images are read from /proc and from the manifest while
-it runs. Printed: the first and the last quarter of the run, and the slope of a straight line through all of it but the
-first tenth, in which caches and arenas fill. Linux only.
+Made-up fields of many sizes under many more names (hard links) go through one `infer` with overlays, in a temporary
+folder and in a process of their own. Its memory (RSS), open files and finished images are read from /proc and from the
+manifest while it runs. Printed: the first and the last quarter of the run, and the slope of a straight line through all
+of it but the first tenth, in which caches and arenas fill. Linux only.
 """
 
 from __future__ import annotations

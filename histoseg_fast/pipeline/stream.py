@@ -81,6 +81,7 @@ class Stream:
             queue.Queue(QUEUED_BANDS) for _ in range(writers)
         ]
         self._open: list[set[int]] = [set() for _ in range(writers)]
+        self._order = list(range(writers))
         self._stop, self._dead = threading.Event(), threading.Event()
         self._lock, self._big, self._taking = threading.Lock(), threading.Lock(), threading.Lock()
         self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
@@ -268,10 +269,12 @@ class Stream:
                 self._put(self._queue(job), (job, band))
 
     def _queue(self, job: Job) -> queue.Queue:
-        """All bands of an image go to one writer, in order: to the one that has the fewest images at the first."""
+        """All bands of an image go to one writer, in order: at the first to the one that has the
+        fewest images, of several to the one that last finished one: no slow image holds up those of other writers.
+        """
         with self._lock:
             if job.writer is None:
-                job.writer = min(range(len(self._open)), key=lambda i: len(self._open[i]))
+                job.writer = min(self._order, key=lambda i: len(self._open[i]))
                 self._open[job.writer].add(job.number)
             return self._queues[job.writer]
 
@@ -299,6 +302,8 @@ class Stream:
                     del jobs[job.number]
                     with self._lock:
                         self._open[place].discard(job.number)
+                        self._order.remove(place)
+                        self._order.insert(0, place)
         finally:
             for job in jobs.values():
                 job.abandon()

@@ -146,3 +146,14 @@ def test_watch_as_a_command(tmp_path: Path, tiny_plan_path: Path) -> None:
     again = run_command(*line[:-2], "--watch-idle", "1")
     assert again.returncode == 0 and "1 done, 0 failed, 2 skipped" in again.stdout
     assert os.path.exists(out / "summary.csv")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("form", log.FORMATS)
+def test_a_log_that_takes_no_more_ends_no_run(tmp_path: Path, tiny_plan_path: Path, form: str) -> None:
+    make_pictures(tmp_path / "in", 3)
+    (tmp_path / "in" / "bad.png").write_bytes(b"")
+    arguments = command("infer", tmp_path / "in", "--engine", tiny_plan_path, "--out", tmp_path / "out")
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*arguments, "--log-format", form], stderr=full, timeout=PATIENCE).returncode == 3
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
