@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import signal
 import struct
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -214,8 +216,6 @@ def test_tiles_that_were_never_written_are_glass(tmp_path, write):
 
 
 def test_threads_give_the_same_and_end_with_the_image(tmp_path, monkeypatch):
-    import threading
-
     monkeypatch.setattr(segments, "PARALLEL_PIXELS", 0)
     monkeypatch.setattr(segments, "available_cores", lambda: 4)
     level = noise(500, 700)
@@ -288,6 +288,28 @@ def test_openslide_that_dies_costs_its_slide(tmp_path):
     with pytest.raises(ImageError, match=r"a\.tiff: damaged OPENSLIDE data \(OpenSlide ended over it, with code -9\)"):
         image.read_rows(0, 200, np.zeros((200, 300, 3), np.uint8))
     image.close()
+
+
+def test_openslide_that_is_stuck_costs_its_slide(tmp_path, monkeypatch):
+    image = open_image(write_philips(tmp_path / "a.tiff", noise(200, 300)))
+    (worker,) = image._source._workers._all
+    before = set(threading.enumerate())
+    monkeypatch.setattr(openslide_source, "ANSWER_SECONDS", 0.2)
+    worker._process.send_signal(signal.SIGSTOP)
+    for read in (lambda: image.read_rows(0, 200, np.zeros((200, 300, 3), np.uint8)), lambda: image.overview(4)):
+        with pytest.raises(ImageError, match=r"a\.tiff: OpenSlide gave no answer in 0\.2 s; check the disk"):
+            read()
+        assert worker._process.poll() == -signal.SIGKILL
+    image.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_openslide_that_never_opens_costs_its_slide(tmp_path, monkeypatch):
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(openslide_source, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(openslide_source.openslide_worker, "__file__", str(stuck))
+    refused(write_philips(tmp_path / "a.tiff", noise(64, 64)), Resolution(level=0), "OpenSlide gave no answer in 0.2 s")
 
 
 def test_no_process_outlives_a_slide_that_changed(tmp_path):
