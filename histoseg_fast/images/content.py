@@ -106,10 +106,22 @@ class Content:
             while target:
                 count = self.stream.readinto(target)  # type: ignore[attr-defined]
                 if not count:
-                    raise ImageError(
-                        "the file ends before its pixels do", where=self.path, fix="copy or export it again"
-                    )
+                    raise self._cut_off()
                 target = target[count:]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on. ImageError where the file ends before that, seen before they are allocated."""
+        if size < 0 or offset + size > self.size:
+            raise self._cut_off()
+        with self._lock:
+            self.stream.seek(offset)
+            data = _read_whole(self.stream, size)
+        if len(data) < size:
+            raise self._cut_off()
+        return data
+
+    def _cut_off(self) -> ImageError:
+        return ImageError("the file ends before its pixels do", where=self.path, fix="copy or export it again")
 
     def check_unchanged(self) -> None:
         """ImageError where a file that is read by seeking is no longer the one that was digested."""

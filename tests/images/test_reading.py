@@ -439,6 +439,64 @@ def test_tiff_bomb_meets_the_limit(tmp_path):
     tracemalloc.stop()
 
 
+def claim(path, size, more=b""):
+    """Make the first tile of a TIFF `size` bytes long, and append `more` to the file."""
+    with tifffile.TiffFile(path) as file:
+        place = file.pages[0].tags[325].valueoffset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, place, size)
+    path.write_bytes(bytes(data) + more)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_tile_takes_no_more_of_the_file_than_makes_sense(tmp_path, monkeypatch, held):
+    if not held:
+        monkeypatch.setattr(content_module, "WHOLE_FILE_BYTES", 1000)
+    path, rgb = tmp_path / "t.tif", picture(256, 512)
+    tifffile.imwrite(path, rgb, photometric="rgb", compression="zlib", tile=(256, 256))
+    most = 2 * 256 * 256 * 3 + 2**16
+    claim(path, most, bytes(2**25))  # what follows the pixels is no one's business
+    np.testing.assert_array_equal(read(path), rgb)
+    for size in (most + 1, 2**25):
+        claim(path, size)
+        with open_image(path) as source:
+            tracemalloc.start()
+            with pytest.raises(ImageError, match=rf"damaged TIFF data .*claims {size:,} bytes, at most {most:,}"):
+                source.read_rows(0, 16, np.zeros((16, 512, 3), np.uint8))
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "jpeg", "jpeg2000", "webp", "lzw", "packbits", "zstd", "lzma"])
+@pytest.mark.parametrize("side", [16, 512])
+def test_tiles_of_noise_are_within_the_limit(tmp_path, compression, side):
+    rgb = RNG.integers(0, 256, (side, side, 3), np.uint8)
+    options = {"compressionargs": {"level": 100}} if compression in ("jpeg", "webp") else {}
+    tifffile.imwrite(tmp_path / "t.tif", rgb, photometric="rgb", compression=compression, tile=(side, side), **options)
+    assert read(tmp_path / "t.tif").shape == rgb.shape
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4"])
+def test_bits_that_no_fax_compresses_are_within_the_limit(tmp_path, compression):
+    bits = np.indices((1024, 1024)).sum(0) % 2 == 0
+    Image.fromarray(bits).save(tmp_path / "t.tif", compression=compression, tiffinfo={278: 1024})
+    np.testing.assert_array_equal(read(tmp_path / "t.tif")[..., 0] == 255, bits)
+
+
+def test_a_tile_is_held_encoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(content_module, "WHOLE_FILE_BYTES", 1000)
+    path, rgb = tmp_path / "t.tif", RNG.integers(0, 256, (1024, 1024, 3), np.uint8)
+    tifffile.imwrite(path, rgb, photometric="rgb", compression="zlib", tile=(1024, 1024))
+    out = np.zeros_like(rgb)
+    with open_image(path) as source:
+        tracemalloc.start()
+        source.read_rows(0, 1024, out)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 3.5 * rgb.nbytes, peak / rgb.nbytes
+    np.testing.assert_array_equal(out, rgb)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_one_huge_strip_is_read_with_little_memory(tmp_path, monkeypatch, whole):
     if not whole:
