@@ -27,7 +27,7 @@ MAX_SEGMENT_BYTES = 2**30
 """Largest strip or tile that has to be decoded whole, as bytes or RGB; an uncompressed strip has no limit."""
 
 ENCODED_SHARE, ENCODED_BYTES = 2, 64 * 2**10
-"""Most that a strip or tile that is decoded takes in the file: so many times its samples, as bytes or wider, and some for
+"""Most that a strip or tile to be decoded takes in the file: so many times its samples, as bytes or wider, and some for
 tables and profiles. No codec makes more of noise."""
 
 MAX_ROW_BYTES = 2**31
