@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,7 +131,7 @@ def spans(draw, width):
     """Disjoint spans of `width` columns, from left to right; they may touch."""
     ends = sorted(draw(st.lists(st.integers(0, width), min_size=2, max_size=12, unique=True)))
     return [
-        (first, end) for first, end in zip(ends[:-1], ends[1:], strict=True) if draw(st.booleans()) or end == ends[-1]
+        (first, end) for first, end in itertools.pairwise(ends) if draw(st.booleans()) or end == ends[-1]
     ]
 
 
