@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from histoseg_fast.images.companions import BY_NAME, companions
+from histoseg_fast.images.companions import BY_NAME, Folders
 from histoseg_fast.images.content import HEAD_BYTES, open_regular
 from histoseg_fast.images.source import DECODE_ERRORS, MAX_DECODED_PIXELS
 from histoseg_fast.images.tiff import MAX_PIXELS, load_tifffile
@@ -25,18 +25,19 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
-def image_pixels(path: Path) -> tuple[int, bool]:
+def image_pixels(path: Path, folders: Folders | None = None) -> tuple[int, bool]:
     """Pixels of an image (of a slide's finest level), and whether its header says so.
 
     Where no header can be read (damaged files, slides of formats that OpenSlide alone knows) the number is a guess
     from the bytes of all files that the image is made of, 0 where there is none. Never raises for what is in a file.
+    folders : where those are found, for calls with many images; looked for anew by default.
     """
     try:
         with open_regular(path) as raw:
             pixels = _header_pixels(path, raw)
     except DECODE_ERRORS:
         pixels = 0
-    return (pixels, True) if pixels else (PIXELS_A_BYTE * _total_bytes(path), False)
+    return (pixels, True) if pixels else (PIXELS_A_BYTE * _total_bytes(path, folders or Folders()), False)
 
 
 def _header_pixels(path: Path, raw: BinaryIO) -> int:
@@ -88,9 +89,9 @@ def _tiff_pixels(raw: BinaryIO) -> int:
     return largest
 
 
-def _total_bytes(path: Path) -> int:
+def _total_bytes(path: Path, folders: Folders) -> int:
     total = 0
-    for file in (path, *companions(path)):
+    for file in (path, *folders.companions(path)):
         try:
             total += os.stat(file).st_size
         except (OSError, ValueError):

@@ -130,9 +130,7 @@ def test_bands_give_the_whole_whatever_the_blocks(seed, size, scale, data):
 def spans(draw, width):
     """Disjoint spans of `width` columns, from left to right; they may touch."""
     ends = sorted(draw(st.lists(st.integers(0, width), min_size=2, max_size=12, unique=True)))
-    return [
-        (first, end) for first, end in itertools.pairwise(ends) if draw(st.booleans()) or end == ends[-1]
-    ]
+    return [(first, end) for first, end in itertools.pairwise(ends) if draw(st.booleans()) or end == ends[-1]]
 
 
 @settings(deadline=None)
