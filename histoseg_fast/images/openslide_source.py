@@ -24,7 +24,7 @@ from histoseg_fast.errors import ImageError
 from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_worker
 from histoseg_fast.images.companions import companions
-from histoseg_fast.images.content import FileSet
+from histoseg_fast.images.content import Content, FileSet
 from histoseg_fast.images.openslide_worker import ANSWER, REQUEST
 from histoseg_fast.images.segments import SegmentedSource
 from histoseg_fast.images.source import to_rgb
@@ -44,15 +44,18 @@ ANSWER_SECONDS = 120.0
 """A process that takes longer to open its slide, or over a region, is ended; what is slow on a share takes seconds."""
 
 
-def open_levels(path: str | os.PathLike[str]) -> tuple[list[OpenSlideSource], tuple[float, float] | None]:
+def open_levels(
+    path: str | os.PathLike[str], known: Content | None = None
+) -> tuple[list[OpenSlideSource], tuple[float, float] | None]:
     """The levels of a slide, finest first, and micrometres a pixel (down, across) of the finest, if it says.
 
+    known : the file, where it has been digested before.
     Raises ImageError where OpenSlide is not installed, or does not read this.
     """
     path = Path(path)
     if not has("openslide"):
         raise _missing(path)
-    files = FileSet(path, companions(path))
+    files = FileSet(path, companions(path), known)
     first = Worker(path)
     try:
         if "missing" in first.head:

@@ -10,7 +10,7 @@ from histoseg_fast.errors import ImageError
 from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_source, tiff_slide
 from histoseg_fast.images.companions import BY_NAME
-from histoseg_fast.images.content import Content, read_head
+from histoseg_fast.images.content import JPEG, PNG, Content, read_head
 from histoseg_fast.images.jpeg import JpegSource
 from histoseg_fast.images.png import PngSource
 from histoseg_fast.images.slide import NATIVE, Resolution, SlideSource
@@ -23,8 +23,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SLIDE_SUFFIXES = {".svs", ".svslide", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".bif", ".dcm"}
 """Suffixes of slides, beside .tif and .tiff."""
 
-_PNG, _JPEG, _DICOM = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"DICM"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DICOM = b"DICM"
 
 Levels = tuple[Sequence[ImageSource], tuple[float, float] | None]
 """Resolution levels, finest first, and micrometres a pixel (down, across) of the finest, if known."""
@@ -55,13 +54,11 @@ def _open_levels(path: str | os.PathLike[str]) -> Levels:
         return openslide_source.open_levels(path)
     content = Content(path)
     try:
-        if content.magic.startswith(_PNG):
+        if content.magic.startswith(PNG):
             return [PngSource(content)], None
-        if content.magic.startswith(_JPEG):
+        if content.magic.startswith(JPEG):
             return [JpegSource(content)], None
-        if content.magic.startswith(_TIFF):
-            return _open_tiff(content)
-        raise ImageError("is not a PNG, JPEG or TIFF file, nor a slide", where=path, fix="convert it, or leave it out")
+        return _open_tiff(content)
     except BaseException:
         content.close()
         raise
@@ -91,7 +88,7 @@ def _open_tiff(content: Content) -> Levels:
                 raise
     content.close()
     try:
-        return openslide_source.open_levels(content.path)
+        return openslide_source.open_levels(content.path, content)
     except ImageError:
         if other is None:
             raise refused from None

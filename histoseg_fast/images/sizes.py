@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from histoseg_fast.images.companions import BY_NAME, Folders
-from histoseg_fast.images.content import HEAD_BYTES, open_regular
+from histoseg_fast.images.content import HEAD_BYTES, JPEG, PNG, TIFF, open_regular
 from histoseg_fast.images.source import DECODE_ERRORS, MAX_DECODED_PIXELS
 from histoseg_fast.images.tiff import MAX_PIXELS, load_tifffile
 
@@ -45,13 +45,13 @@ def _header_pixels(path: Path, raw: BinaryIO) -> int:
     head = raw.read(HEAD_BYTES)
     if path.suffix.lower() in BY_NAME or head.endswith(b"DICM"):
         return 0
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(PNG):
         width, height = struct.unpack_from(">II", head, 16)
         return width * height if width * height <= MAX_DECODED_PIXELS else 0
-    if head.startswith(b"\xff\xd8\xff"):
+    if head.startswith(JPEG):
         pixels = _jpeg_pixels(raw)
         return pixels if pixels <= MAX_DECODED_PIXELS else 0
-    if head[:2] in (b"II", b"MM"):
+    if head.startswith(TIFF):
         raw.seek(0)
         pixels = _tiff_pixels(raw)
         return pixels if pixels <= MAX_PIXELS else 0

@@ -165,9 +165,9 @@ class WholeSource(ImageSource):
 
     def __init__(self, content: Content):
         super().__init__(content)
-        if content.data is None:
-            self._refuse(f"{content.size:,} bytes are too many for this format", "save it as a tiled TIFF")
+        assert content.data is not None
         self._data = content.data
+        content.close()  # the bytes are held here alone, until they are decoded
         self._samples: np.ndarray | None = None
 
     @abc.abstractmethod

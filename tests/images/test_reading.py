@@ -19,6 +19,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from histoseg_fast.errors import ImageError
 from histoseg_fast.images import content as content_module
@@ -675,6 +676,54 @@ def test_one_clear_line(tmp_path, data, what):
     assert caught.value.where == str(path)
     assert caught.value.fix
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("magic", "what"),
+    [
+        (b"hello, this is no picture", "is not a PNG, JPEG or TIFF file, nor a slide"),
+        (b"II, this is no picture", "is not a PNG, JPEG or TIFF file, nor a slide"),
+        (b"\x89PNG\r\n\x1a\n", "1,073,741,825 bytes are too many for this format; save it as a tiled TIFF"),
+        (b"\xff\xd8\xff", "1,073,741,825 bytes are too many for this format; save it as a tiled TIFF"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_unread(tmp_path, monkeypatch, magic, what):
+    path = save(tmp_path, magic)
+    os.truncate(path, content_module.MAX_ENCODED_BYTES + 1)
+    for read_all in ("sha256_of", "_read_whole"):
+        monkeypatch.setattr(content_module, read_all, lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ImageError, match=what):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "text.png", "a.jpg"])
+def test_the_encoded_image_is_let_go_when_it_is_decoded(tmp_path, name):
+    side, extra = 700, PngInfo()
+    rgb = RNG.integers(0, 256, (side, side, 3), np.uint8)
+    extra.add_text("a", "b" if name == "text.png" else "")
+    options = {"quality": 100, "subsampling": 0} if name == "a.jpg" else {"pnginfo": extra}
+    Image.fromarray(rgb).save(tmp_path / name, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 2**20
+    tracemalloc.start()
+    source = open_image(tmp_path / name)
+    source.read_rows(0, 1, np.zeros((1, side, 3), np.uint8))  # of these formats, all is decoded
+    assert tracemalloc.get_traced_memory()[0] < rgb.nbytes + 2**19
+    source.close()
+    assert tracemalloc.get_traced_memory()[0] < 2**19
+    tracemalloc.stop()
+
+
+def test_a_closed_tiff_holds_no_bytes(tmp_path):
+    rgb = RNG.integers(0, 256, (700, 700, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb")
+    read(tmp_path / "a.tif")  # what is imported for it
+    tracemalloc.start()
+    source = open_image(tmp_path / "a.tif")
+    assert tracemalloc.get_traced_memory()[0] > rgb.nbytes
+    source.close()
+    assert tracemalloc.get_traced_memory()[0] < 2**19
+    tracemalloc.stop()
 
 
 def test_what_is_no_readable_file(tmp_path):

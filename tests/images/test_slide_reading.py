@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 from slide_files import SHARED_SLIDES, halves, noise, write_ome, write_philips, write_pyramid, write_svs
 
 from histoseg_fast.errors import ImageError, UsageError
-from histoseg_fast.images import Resolution, open_image, openslide_source, segments
+from histoseg_fast.files import sha256_of
+from histoseg_fast.images import Resolution, content, open_image, openslide_source, segments
 from histoseg_fast.images import slide as slide_module
 from histoseg_fast.images.companions import companions
 
@@ -253,6 +255,19 @@ def test_openslide_reads_what_our_reader_does_not(tmp_path):
         assert image.size_bytes == path.stat().st_size
     np.testing.assert_array_equal(read(path), level)
     np.testing.assert_array_equal(read(path, Resolution(mpp=1.0)), shrunk(level, 2))
+
+
+def test_a_slide_that_openslide_reads_is_digested_once(tmp_path, monkeypatch):
+    path, digested = write_philips(tmp_path / "a.tiff", noise(200, 300)), []
+    monkeypatch.setattr(content, "WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(content, "sha256_of", lambda file: (digested.append(file.name), sha256_of(file))[1])
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_image(path) as image:
+        assert (image.format, image.sha256, digested) == ("openslide", sha256, [str(path)])
+    image = open_image(path)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ImageError, match="changed while it was read"):
+        image.close()
 
 
 def test_without_openslide_one_line_says_what_to_install(tmp_path, without_openslide):
