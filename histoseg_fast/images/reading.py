@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from histoseg_fast.errors import ImageError
+from histoseg_fast.errors import ImageError, one_line
 from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_source, tiff_slide
 from histoseg_fast.images.companions import BY_NAME
@@ -16,6 +17,9 @@ from histoseg_fast.images.png import PngSource
 from histoseg_fast.images.slide import NATIVE, Resolution, SlideSource
 from histoseg_fast.images.source import DECODE_ERRORS, ImageSource, OverLimit
 from histoseg_fast.images.tiff import TiffSource
+
+if TYPE_CHECKING:
+    import tifffile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 """Suffixes that a search of folders takes for images; opening looks at the suffix of MRXS, VMS and VMU alone."""
@@ -81,7 +85,8 @@ def _open_tiff(content: Content) -> Levels:
         other, pages, mpp, slide = None, [first], None, False
     if other is None:
         try:
-            return [TiffSource(content, page, slide=slide) for page in pages], mpp
+            finest = TiffSource(content, pages[0], slide=slide)
+            return [finest, *_further(content, finest, pages[1:])], mpp
         except ImageError as error:
             refused = error
             if isinstance(error, OverLimit) or not has("openslide"):
@@ -93,3 +98,15 @@ def _open_tiff(content: Content) -> Levels:
         if other is None:
             raise refused from None
         raise
+
+
+def _further(content: Content, finest: TiffSource, pages: Sequence[tifffile.TiffPage]) -> list[TiffSource]:
+    """The coarser levels; one that cannot be read is left out, and `finest` warns of it."""
+    levels = []
+    for page in pages:
+        try:
+            levels.append(TiffSource(content, page, slide=True))
+        except ImageError as error:
+            size = f"{page.imagewidth} x {page.imagelength}"
+            finest.warnings.append(f"its level of {size} pixels is left out: {one_line(error.what)}")
+    return levels

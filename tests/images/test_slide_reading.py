@@ -343,6 +343,28 @@ def test_odd_tags_cost_no_pixels(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "a.tif"), plain)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_coarser_level_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "openslide", None)
+    levels, path = halves(256, 384, 3), tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for i, (level, compression) in enumerate(zip(levels, ("deflate", "png", "deflate"), strict=True)):
+            options = {"tile": (64, 64), "compression": compression, "resolution": (20000, 20000)}
+            file.write(level, subfiletype=min(i, 1), photometric="rgb", resolutionunit="CENTIMETER", **options)
+    warning = "its level of 192 x 128 pixels is left out: TIFF compression 34933 is not supported"
+    for resolution, wanted in (
+        (Resolution(level=0), levels[0]),
+        (Resolution(level=1), levels[2]),
+        (Resolution(mpp=1.0), shrunk(levels[0], 2)),
+    ):
+        with open_image(path, resolution) as image:
+            assert image.format == "tiff" and image.slide and image.warnings == [warning]
+            assert image.mpp == {0: 0.5, 1: 2.0}[image.level] or image.mpp == resolution.mpp
+        np.testing.assert_array_equal(read(path, resolution), wanted)
+    refused(path, Resolution(level=2), "has no level 2", "--level N (0 to 1)")
+
+
 def test_openslide_in_several_processes_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "PARALLEL_PIXELS", 0)
     monkeypatch.setattr(segments, "available_cores", lambda: 3)
