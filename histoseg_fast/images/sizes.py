@@ -9,8 +9,10 @@ from typing import BinaryIO
 
 from histoseg_fast.images.companions import BY_NAME, Folders
 from histoseg_fast.images.content import HEAD_BYTES, JPEG, PNG, TIFF, open_regular
+from histoseg_fast.images.jpeg import FRAMES
 from histoseg_fast.images.source import DECODE_ERRORS, MAX_DECODED_PIXELS
 from histoseg_fast.images.tiff import MAX_PIXELS, load_tifffile
+from histoseg_fast.images.tiff_slide import MAX_PAGES
 
 PIXELS_A_BYTE = 4
 """About what a byte of a slide's JPEG tiles stands for: for files whose header is not read."""
@@ -18,10 +20,6 @@ PIXELS_A_BYTE = 4
 MAX_SEGMENTS = 1000
 """Most segments before the frame header of a JPEG; real files have a few, a large profile some hundred."""
 
-MAX_PAGES = 64
-"""Most pages of a TIFF that are looked at; slides have about ten."""
-
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
@@ -69,7 +67,7 @@ def _jpeg_pixels(raw: BinaryIO) -> int:
         if code == 0xFF or code in _ALONE:  # a fill byte; a marker without a length
             position += 1 if code == 0xFF else 2
             continue
-        if code in _FRAMES:
+        if code in FRAMES:
             _, height, width = struct.unpack(">BHH", raw.read(5))
             return height * width
         position += 2 + length
