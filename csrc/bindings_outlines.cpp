@@ -1,6 +1,7 @@
 // Outlines for Python: checks every argument, releases the GIL, calls plain C++.
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -11,8 +12,8 @@ namespace {
 
 class PyOutlines {
 public:
-    PyOutlines(std::int64_t width, std::int64_t min_area, bool simplify, double scale)
-        : tracer_(checked_width(width), {checked_area(min_area), simplify}), scale_(checked_scale(scale)) {}
+    PyOutlines(std::int64_t width, std::int64_t min_area, bool simplify, std::pair<double, double> scale)
+        : tracer_(checked_width(width), {checked_area(min_area), simplify}), scale_{checked_scale(scale.first), checked_scale(scale.second)} {}
 
     py::list add_rows(const py::object& object) {
         const auto ids = checked<std::uint8_t>(object, "ids", 2);
@@ -48,9 +49,9 @@ private:
     }
 
     static double checked_scale(double scale) {
-        if (!(scale >= 1 && scale <= kMaxOutlineScale)) {
-            fail("scale", "expected 1 to " + std::to_string(static_cast<int>(kMaxOutlineScale)) + ", got " +
-                              std::to_string(scale));
+        if (!(scale >= kMinOutlineScale && scale <= kMaxOutlineScale)) {
+            fail("scale", "expected " + std::to_string(kMinOutlineScale) + " to " + std::to_string(kMaxOutlineScale) +
+                              ", got " + std::to_string(scale));
         }
         return scale;
     }
@@ -76,7 +77,7 @@ private:
     }
 
     OutlineTracer tracer_;
-    double scale_;
+    OutlineScale scale_;
     bool finished_ = false;
 };
 
@@ -85,14 +86,14 @@ private:
 void bind_outlines(py::module_& m) {
     using namespace pybind11::literals;
     m.attr("max_outline_side") = kMaxCorner;
-    m.attr("max_outline_scale") = kMaxOutlineScale;
     py::class_<PyOutlines>(m, "Outlines",
                            "The pieces (connected pixels of one class but 0) of a class map `width` pixels wide that "
-                           "comes row by row, as (class, coordinates of a GeoJSON Polygon) in pixels times scale. "
+                           "comes row by row, as (class, coordinates of a GeoJSON Polygon) in pixels times scale "
+                           "(down, across). "
                            "Without those, and without holes, of fewer than min_area pixels. simplify: by up to half "
                            "a pixel, no pixel's centre changes sides; else along pixel edges. For one thread at a time.")
-        .def(py::init<std::int64_t, std::int64_t, bool, double>(), "width"_a, "min_area"_a, "simplify"_a,
-             "scale"_a = 1.0)
+        .def(py::init<std::int64_t, std::int64_t, bool, std::pair<double, double>>(), "width"_a, "min_area"_a, "simplify"_a,
+             "scale"_a = std::make_pair(1.0, 1.0))
         .def("add_rows", &PyOutlines::add_rows, "ids"_a,
              "Takes the next rows, uint8 (h, width); the pieces that ended, the same for any cut into bands.")
         .def("finish", &PyOutlines::finish, "Ends the image; all other pieces.");

@@ -18,8 +18,8 @@ struct HalfPoint {
 
 constexpr HalfPoint half_point(Corner c) { return {2 * c.x, 2 * c.y}; }
 
-// Coordinates stay below this, so that products of their differences fit 64 bits.
-constexpr std::int32_t kMaxCorner = std::int32_t{1} << 28;
+// Coordinates stay below this, so that products of their differences fit 64 bits, and so do scaled ones in millionths.
+constexpr std::int32_t kMaxCorner = std::int32_t{1} << 22;
 
 // The outline through `corners` (two or more, where it starts, turns and ends; horizontal and vertical by turns) with
 // fewer points. Where `closed`, the last corner is the first, the outline turns there, and the answer too ends where it

@@ -155,6 +155,7 @@ namespace {
 // Exact and the same everywhere, unlike printf of a double under somebody's locale.
 void append_number(std::int32_t half, double scale, std::string& text) {
     constexpr std::int64_t kMillion = 1000000;
+    static_assert(kMaxCorner * kMaxOutlineScale * kMillion < 0x1p62);
     const std::int64_t millionths = std::llround(half * (scale * 0.5 * kMillion));
     text += std::to_string(millionths / kMillion);
     std::int64_t fraction = millionths % kMillion;
@@ -167,15 +168,15 @@ void append_number(std::int32_t half, double scale, std::string& text) {
 
 }  // namespace
 
-void append_coordinates(const Piece& piece, double scale, std::string& text) {
+void append_coordinates(const Piece& piece, const OutlineScale& scale, std::string& text) {
     for (std::size_t i = 0; i < piece.rings.size(); ++i) {
         const Ring& ring = piece.rings[i];
         text += i == 0 ? "[[" : ",[";
         for (std::size_t k = 0; k < ring.size(); ++k) {
             text += k == 0 ? "[" : ",[";
-            append_number(ring[k].x, scale, text);
+            append_number(ring[k].x, scale.across, text);
             text += ',';
-            append_number(ring[k].y, scale, text);
+            append_number(ring[k].y, scale.down, text);
             text += ']';
         }
         text += ']';

@@ -50,9 +50,14 @@ private:
     std::unique_ptr<Impl> impl_;
 };
 
-// Appends the coordinates of a GeoJSON Polygon: an array of rings of [x, y], in pixels times `scale`, to a millionth.
-void append_coordinates(const Piece& piece, double scale, std::string& text);
+// What a pixel's height and width are multiplied by; fractions are for class maps of enlarged images.
+struct OutlineScale {
+    double down, across;
+};
 
-constexpr double kMaxOutlineScale = 1 << 12;
+constexpr double kMinOutlineScale = 0.25, kMaxOutlineScale = 1 << 20;
+
+// Appends the coordinates of a GeoJSON Polygon: an array of rings of [x, y], in pixels times `scale`, to a millionth.
+void append_coordinates(const Piece& piece, const OutlineScale& scale, std::string& text);
 
 }  // namespace histoseg

@@ -12,7 +12,6 @@ max_threads: int
 unmatched: int
 confidence_units: int
 max_outline_side: int
-max_outline_scale: float
 max_region_pixels: int
 resample_one: int
 max_majority_radius: int
@@ -59,7 +58,7 @@ def resample(
 ) -> None: ...
 
 class Outlines:
-    def __init__(self, width: int, min_area: int, simplify: bool, scale: float = 1.0) -> None: ...
+    def __init__(self, width: int, min_area: int, simplify: bool, scale: tuple[float, float] = (1.0, 1.0)) -> None: ...
     def add_rows(self, ids: U8) -> list[tuple[int, bytes]]: ...
     def finish(self) -> list[tuple[int, bytes]]: ...
 

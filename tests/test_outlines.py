@@ -18,7 +18,7 @@ from histoseg_fast import _core
 Polygons = list[tuple[int, Rings]]
 
 
-def trace(ids: np.ndarray, min_area: int = 0, simplify: bool = True, scale: float = 1.0, cuts=()) -> Polygons:
+def trace(ids: np.ndarray, min_area: int = 0, simplify: bool = True, scale=(1.0, 1.0), cuts=()) -> Polygons:
     """All pieces of `ids`, given in bands that end at `cuts`."""
     outlines = _core.Outlines(ids.shape[1], min_area, simplify, scale)
     found = [piece for band in np.split(ids, sorted(cuts)) for piece in outlines.add_rows(band)]
@@ -151,18 +151,18 @@ def test_up_to_255_classes() -> None:
     np.testing.assert_array_equal(rasterise(found, 60, 70), ids)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0, 3.9997, 1 / 0.7])
-def test_coordinates_are_scaled(scale: float) -> None:
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (4.0, 4.0), (3.9997, 1 / 0.7), (0.25, 1000.5), (0.5, 2.0**20)])
+def test_coordinates_are_scaled(scale: tuple[float, float]) -> None:
     ids = np.kron(CHECKERBOARD + 1, np.ones((3, 5), np.uint8))
     for (_, plain), (_, scaled) in zip(trace(ids), trace(ids, scale=scale), strict=True):
         for one, other in zip(plain, scaled, strict=True):
-            np.testing.assert_allclose(np.multiply(one, scale), other, rtol=0, atol=5.1e-7)
+            np.testing.assert_allclose(np.multiply(one, scale[::-1]), other, rtol=1e-15, atol=5.1e-7)
 
 
 def test_coordinates_are_short() -> None:
-    outlines = _core.Outlines(3, 0, True, 2.25)
+    outlines = _core.Outlines(3, 0, True, (1.5, 2.25))
     outlines.add_rows(np.ones((1, 3), np.uint8))
-    assert outlines.finish() == [(1, b"[[[6.75,2.25],[0,2.25],[0,0],[6.75,0],[6.75,2.25]]]")]
+    assert outlines.finish() == [(1, b"[[[6.75,1.5],[0,1.5],[0,0],[6.75,0],[6.75,1.5]]]")]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,10 @@ def test_coordinates_are_short() -> None:
         ((0, 0, True), "width"),
         ((_core.max_outline_side + 1, 0, True), "width"),
         ((4, -1, True), "min_area"),
-        ((4, 0, True, 0.5), "scale"),
-        ((4, 0, True, float("nan")), "scale"),
-        ((4, 0, True, float("inf")), "scale"),
+        ((4, 0, True, (0.2, 1.0)), "scale"),
+        ((4, 0, True, (1.0, 2.0**20 + 1)), "scale"),
+        ((4, 0, True, (float("nan"), 1.0)), "scale"),
+        ((4, 0, True, (1.0, float("inf"))), "scale"),
     ],
 )
 def test_wrong_arguments(arguments: tuple, told: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from pathlib import Path
 
 from histoseg_fast.images.source import DECODE_ERRORS
@@ -26,34 +27,61 @@ def companions(path: str | os.PathLike[str]) -> list[Path]:
     Of MRXS all files in the folder of its name; of VMS and VMU those that it lists and that lie beside it; of DICOM
     those of the same series beside it, with the same suffix (none where pydicom is not installed).
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    found: list[Path] = []
-    if suffix == ".mrxs":
-        found = _files(path.with_suffix(""))
-    elif suffix in BY_NAME:
-        found = _listed(path)
-    elif (series := dicom_series(path)) is not None:
-        beside = [file for file in _files(path.parent) if file.suffix.lower() == suffix]
-        found = [file for file in beside if dicom_series(file) == series]
-    return [file for file in found if file.name != path.name or file.parent != path.parent]
+    return Folders().companions(Path(path))
 
 
-def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(file for file in folder.iterdir() if file.is_file())
-    except OSError:
-        return []
+class Folders:
+    """`companions` of many slides, as things stand: each folder is listed, and its series told apart, once.
+
+    For any number of threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[Path, list[Path]] = {}
+        self._series: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+
+    def companions(self, path: Path) -> list[Path]:
+        """See the function of this name."""
+        suffix = path.suffix.lower()
+        found: list[Path] = []
+        with self._lock:
+            if suffix == ".mrxs":
+                found = self._list(path.with_suffix(""))
+            elif suffix in BY_NAME:
+                names = _listed(path)
+                found = [file for file in self._list(path.parent) if file.name in names]
+            elif (series := dicom_series(path)) is not None:
+                found = self._group(path.parent, suffix).get(series, [])
+        return [file for file in found if file.name != path.name or file.parent != path.parent]
+
+    def _list(self, folder: Path) -> list[Path]:
+        if folder not in self._files:
+            try:
+                with os.scandir(folder) as entries:
+                    self._files[folder] = sorted(folder / entry.name for entry in entries if entry.is_file())
+            except OSError:
+                self._files[folder] = []
+        return self._files[folder]
+
+    def _group(self, folder: Path, suffix: str) -> dict[str, list[Path]]:
+        """The files of each series in `folder`."""
+        if (folder, suffix) not in self._series:
+            groups = self._series[folder, suffix] = {}
+            for file in self._list(folder):
+                if file.suffix.lower() == suffix and (series := dicom_series(file)) is not None:
+                    groups.setdefault(series, []).append(file)
+        return self._series[folder, suffix]
 
 
-def _listed(path: Path) -> list[Path]:
+def _listed(path: Path) -> set[str]:
+    """The names that the index `path` lists, without those of other folders."""
     try:
         with open(path, "rb") as stream:
             text = stream.read(MAX_INDEX_BYTES).decode("utf-8", "surrogateescape")
     except OSError:
-        return []
-    names = {name for name in _ENTRY.findall(text) if name == os.path.basename(name)}
-    return [file for file in _files(path.parent) if file.name in names]
+        return set()
+    return {name for name in _ENTRY.findall(text) if name == os.path.basename(name)}
 
 
 def dicom_series(path: Path) -> str | None:

@@ -26,6 +26,10 @@ MAX_SLIDE_FILES = 10_000
 OUT_OF_MEMORY = "there is not enough memory for it"
 MORE_MEMORY = "free memory, or save it as a tiled TIFF"
 
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
+"""What a file of each format begins with."""
+
 HEAD_BYTES = 132
 """What is looked at to recognise a format; the mark of DICOM ends here."""
 
@@ -48,18 +52,19 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 class Content:
-    """One opened input file.
+    """One opened PNG, JPEG or TIFF file.
 
     Attributes
     ----------
     path, size : the file and its size in bytes.
     sha256 : hex digest of all its bytes.
-    data : all bytes, or None for a file that is read by seeking (over `WHOLE_FILE_BYTES`).
+    magic : its first 16 bytes. stamp : what `check_unchanged` compares.
+    data : all bytes, or None for a file that is read by seeking (a TIFF over `WHOLE_FILE_BYTES`), and once closed.
     stream : a seekable binary stream over the same bytes.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Open, read or digest `path`. ImageError where that cannot be done."""
+        """Open, read or digest `path`. ImageError where that cannot be done, or makes no sense for what it is."""
         self.path = Path(path)
         try:
             file = open_regular(self.path)  # closed by close()
@@ -78,16 +83,17 @@ class Content:
     def _take(self, file: BinaryIO) -> None:
         self._lock = threading.Lock()
         status = os.fstat(file.fileno())
-        self._stamp = _stamp(status)
+        self.stamp = _stamp(status)
         self.size = status.st_size
         if self.size == 0:
             raise ImageError("the file is empty", where=self.path, fix="copy or export it again")
         self.magic = file.read(16)
         file.seek(0)
-        limit = WHOLE_FILE_BYTES if self.magic[:2] in (b"II", b"MM") else MAX_ENCODED_BYTES
+        self._check_kind()
         self.data: bytes | None = None
         self.stream: BinaryIO = file
-        if self.size > limit:
+        self._held = self.size <= WHOLE_FILE_BYTES or not self.magic.startswith(TIFF)
+        if not self._held:
             self.sha256 = sha256_of(file)
             file.seek(0)
             self.check_unchanged()
@@ -99,6 +105,15 @@ class Content:
         self.stream = io.BytesIO(self.data)
         self.sha256 = hashlib.sha256(self.data).hexdigest()
 
+    def _check_kind(self) -> None:
+        """Refuse what no reader takes, before gigabytes of it are read."""
+        if not self.magic.startswith((PNG, JPEG, *TIFF)):
+            what = "is not a PNG, JPEG or TIFF file, nor a slide"
+            raise ImageError(what, where=self.path, fix="convert it, or leave it out")
+        if self.size > MAX_ENCODED_BYTES and not self.magic.startswith(TIFF):
+            what = f"{self.size:,} bytes are too many for this format"
+            raise ImageError(what, where=self.path, fix="save it as a tiled TIFF")
+
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `offset` on. ImageError where the file ends before that."""
         with self._lock:
@@ -106,19 +121,32 @@ class Content:
             while target:
                 count = self.stream.readinto(target)  # type: ignore[attr-defined]
                 if not count:
-                    raise ImageError(
-                        "the file ends before its pixels do", where=self.path, fix="copy or export it again"
-                    )
+                    raise self._cut_off()
                 target = target[count:]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on. ImageError where the file ends before that, seen before they are allocated."""
+        if size < 0 or offset + size > self.size:
+            raise self._cut_off()
+        with self._lock:
+            self.stream.seek(offset)
+            data = _read_whole(self.stream, size)
+        if len(data) < size:
+            raise self._cut_off()
+        return data
+
+    def _cut_off(self) -> ImageError:
+        return ImageError("the file ends before its pixels do", where=self.path, fix="copy or export it again")
 
     def check_unchanged(self) -> None:
         """ImageError where a file that is read by seeking is no longer the one that was digested."""
-        if self.data is None:
-            _check_stamp(self.path, self._stamp)
+        if not self._held:
+            _check_stamp(self.path, self.stamp)
 
     def close(self) -> None:
         """Let go of the file and its bytes."""
         self.stream.close()
+        self.data = None
 
 
 class FileSet:
@@ -131,9 +159,12 @@ class FileSet:
         the order of their names, which are relative to the folder of `path`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], companions: Iterable[Path] = ()):
-        """Digest `path` and its `companions`. ImageError where that cannot be done."""
+    def __init__(self, path: str | os.PathLike[str], companions: Iterable[Path] = (), known: Content | None = None):
+        """Digest `path` and its `companions`. known : what has been digested before. ImageError where that cannot be
+        done.
+        """
         self.path = Path(path)
+        self._known = {} if known is None else {known.path: (known.stamp, known.sha256)}
         self._stamps: dict[Path, tuple[int, int]] = {}
         files = {file.relative_to(self.path.parent).as_posix(): file for file in (self.path, *companions)}
         if len(files) > MAX_SLIDE_FILES:
@@ -143,6 +174,9 @@ class FileSet:
         self.sha256 = digests.popitem()[1] if len(digests) == 1 else _digest_of_list(digests)
 
     def _digest(self, file: Path) -> str:
+        if file in self._known:
+            self._stamps[file], digest = self._known[file]
+            return digest
         try:
             with open_regular(file) as stream:
                 self._stamps[file] = _stamp(os.fstat(stream.fileno()))

@@ -38,11 +38,12 @@ class GeojsonWriter(BandWriter):
     """A GeoJSON FeatureCollection of annotations for QuPath: a Polygon with its holes for each piece, which is
     connected pixels (by edges) of one class; class 0, the background, is left out.
 
-    names, colours : of the classes by id; colours uint8 (n, 3). scale : level-0 pixels of the slide in a pixel of the
-    class map (1 to 4096); coordinates are level-0 pixels, (0, 0) the top left corner of the image. Neighbours share
-    their outline point by point. Outer rings run counterclockwise by their coordinates, holes clockwise, as RFC 7946
-    wants it. Bytes depend on the class map and the arguments alone; a piece's id on its class and outline. Memory
-    grows with the length of the outlines that are not closed yet, not with the image's area.
+    names, colours : of the classes by id; colours uint8 (n, 3). scale : level-0 pixels of the slide (down, across) in a
+    pixel of the class map (1/4 to 2^20; below 1 where the image was enlarged); coordinates are level-0 pixels, (0, 0)
+    the top left corner of the image. Neighbours share their outline point by point. Outer rings run counterclockwise by
+    their coordinates, holes clockwise, as RFC 7946 wants it. Bytes depend on the class map and the arguments alone; a
+    piece's id on its class and outline. Memory grows with the length of the outlines that are not closed yet, not with
+    the image's area.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class GeojsonWriter(BandWriter):
         names: Sequence[str],
         colours: np.ndarray,
         options: OutlineOptions,
-        scale: float = 1.0,
+        scale: tuple[float, float] = (1.0, 1.0),
     ):
         self._classes = [
             json.dumps({"name": name, "color": colour}).encode("ascii")

@@ -14,8 +14,10 @@ from histoseg_fast.images.source import MAX_DECODED_PIXELS, WholeSource
 MAX_SCANS = 100
 """Most scans of a progressive JPEG; each costs a pass over the whole image, real ones have about ten."""
 
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a frame header."""
+
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """A marker that ends entropy-coded data: no stuffed zero, restart or fill byte."""
 
@@ -49,7 +51,7 @@ def walk_markers(data: bytes) -> JpegHeader:
         length = int.from_bytes(data[position : position + 2], "big")
         if length < 2 or position + length > len(data):
             raise ValueError("a JPEG segment is cut off")
-        if marker in _FRAMES:
+        if marker in FRAMES:
             if header is not None or length < 8:
                 raise ValueError("more than one JPEG frame header, or a short one")
             body = data[position + 2 : position + 8]

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from histoseg_fast.errors import ImageError
 from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_worker
 from histoseg_fast.images.companions import companions
-from histoseg_fast.images.content import FileSet
+from histoseg_fast.images.content import Content, FileSet
 from histoseg_fast.images.openslide_worker import ANSWER, REQUEST
 from histoseg_fast.images.segments import SegmentedSource
 from histoseg_fast.images.source import to_rgb
@@ -39,16 +40,22 @@ MAX_TILE_SIDE = 4096
 MAX_HEAD_BYTES = 2**16
 """Longest line in which a process says what its slide is, and longest error."""
 
+ANSWER_SECONDS = 120.0
+"""A process that takes longer to open its slide, or over a region, is ended; what is slow on a share takes seconds."""
 
-def open_levels(path: str | os.PathLike[str]) -> tuple[list[OpenSlideSource], tuple[float, float] | None]:
+
+def open_levels(
+    path: str | os.PathLike[str], known: Content | None = None
+) -> tuple[list[OpenSlideSource], tuple[float, float] | None]:
     """The levels of a slide, finest first, and micrometres a pixel (down, across) of the finest, if it says.
 
+    known : the file, where it has been digested before.
     Raises ImageError where OpenSlide is not installed, or does not read this.
     """
     path = Path(path)
     if not has("openslide"):
         raise _missing(path)
-    files = FileSet(path, companions(path))
+    files = FileSet(path, companions(path), known)
     first = Worker(path)
     try:
         if "missing" in first.head:
@@ -73,6 +80,7 @@ class Worker:
     """A process that has one slide open. `head` is what it said of it; see `openslide_worker`."""
 
     def __init__(self, path: Path):
+        self._path, self._late = path, False
         try:
             self._process = subprocess.Popen(
                 [sys.executable, openslide_worker.__file__, path.absolute()],
@@ -86,7 +94,8 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
-            self.head: dict[str, Any] = json.loads(self._answers.readline(MAX_HEAD_BYTES))
+            with self._in_time():
+                self.head: dict[str, Any] = json.loads(self._answers.readline(MAX_HEAD_BYTES))
         except ValueError:
             self.head = {"error": self._ended()}
         except BaseException:
@@ -94,22 +103,50 @@ class Worker:
             raise
 
     def region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
-        """RGBA uint8 (height, width, 4). ValueError where OpenSlide cannot read it, or ends over it."""
+        """RGBA uint8 (height, width, 4). ValueError where OpenSlide cannot read it, or ends over it; ImageError where
+        it gives no answer in `ANSWER_SECONDS`, and is ended.
+        """
         pixels = np.empty((height, width, 4), np.uint8)
         try:
-            self._requests.write(REQUEST.pack(x, y, level, width, height))
-            self._requests.flush()
-            (size,) = ANSWER.unpack(self._answers.read(ANSWER.size))
-        except (OSError, struct.error) as error:
+            with self._in_time():
+                self._requests.write(REQUEST.pack(x, y, level, width, height))
+                self._requests.flush()
+                (size,) = ANSWER.unpack(self._answers.read(ANSWER.size))
+                told = self._answers.read(min(-size, MAX_HEAD_BYTES)) if size < 0 else b""
+                whole = size == pixels.nbytes == self._answers.readinto(pixels.data.cast("B"))  # type: ignore[attr-defined]
+        except (OSError, ValueError, struct.error) as error:  # ValueError: it has been closed before
             raise ValueError(self._ended()) from error
-        if size < 0:
-            raise ValueError(self._answers.read(min(-size, MAX_HEAD_BYTES)).decode("utf-8", "replace"))
-        if size != pixels.nbytes or self._answers.readinto(pixels.data.cast("B")) != size:  # type: ignore[attr-defined]
+        if told:
+            raise ValueError(told.decode("utf-8", "replace"))
+        if not whole:
             raise ValueError(self._ended())
         return pixels
 
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """What waits for an answer in here meets its end after `ANSWER_SECONDS`."""
+        timer = threading.Timer(ANSWER_SECONDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def _give_up(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _ended(self) -> str:
+        """Why there is no answer. ImageError where that is because it took too long."""
         self.close()
+        if self._late:
+            raise ImageError(
+                f"OpenSlide gave no answer in {ANSWER_SECONDS:g} s",
+                where=self._path,
+                fix="check the disk it lies on, or copy or export it again",
+            )
         return f"OpenSlide ended over it, with code {self._process.returncode}"
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from histoseg_fast.errors import one_line
 from histoseg_fast.images.tiff_directory import (
     ASCII,
+    CLASSIC_TIFF_BYTES,
     IFD,
     IFD8,
     LONG,
@@ -29,9 +30,6 @@ from histoseg_fast.labels import Palette
 
 TILE_SIDE = 512
 """Side of a tile; a pyramid ends at the level that is a single tile."""
-
-CLASSIC_TIFF_BYTES = 2**32 - 1
-"""Files over this become BigTIFFs: classic offsets have 32 bits."""
 
 MPP_RANGE = 0.01, 1000.0
 """Micrometres a pixel that are written; what lies outside is no microscope's, and is left out."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from histoseg_fast.errors import ImageError
+from histoseg_fast.errors import ImageError, one_line
 from histoseg_fast.extras import has
 from histoseg_fast.images import openslide_source, tiff_slide
 from histoseg_fast.images.companions import BY_NAME
-from histoseg_fast.images.content import Content, read_head
+from histoseg_fast.images.content import JPEG, PNG, Content, read_head
 from histoseg_fast.images.jpeg import JpegSource
 from histoseg_fast.images.png import PngSource
 from histoseg_fast.images.slide import NATIVE, Resolution, SlideSource
 from histoseg_fast.images.source import DECODE_ERRORS, ImageSource, OverLimit
 from histoseg_fast.images.tiff import TiffSource
+
+if TYPE_CHECKING:
+    import tifffile
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 """Suffixes that a search of folders takes for images; opening looks at the suffix of MRXS, VMS and VMU alone."""
@@ -23,8 +27,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SLIDE_SUFFIXES = {".svs", ".svslide", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".bif", ".dcm"}
 """Suffixes of slides, beside .tif and .tiff."""
 
-_PNG, _JPEG, _DICOM = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"DICM"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DICOM = b"DICM"
 
 Levels = tuple[Sequence[ImageSource], tuple[float, float] | None]
 """Resolution levels, finest first, and micrometres a pixel (down, across) of the finest, if known."""
@@ -55,13 +58,11 @@ def _open_levels(path: str | os.PathLike[str]) -> Levels:
         return openslide_source.open_levels(path)
     content = Content(path)
     try:
-        if content.magic.startswith(_PNG):
+        if content.magic.startswith(PNG):
             return [PngSource(content)], None
-        if content.magic.startswith(_JPEG):
+        if content.magic.startswith(JPEG):
             return [JpegSource(content)], None
-        if content.magic.startswith(_TIFF):
-            return _open_tiff(content)
-        raise ImageError("is not a PNG, JPEG or TIFF file, nor a slide", where=path, fix="convert it, or leave it out")
+        return _open_tiff(content)
     except BaseException:
         content.close()
         raise
@@ -84,15 +85,28 @@ def _open_tiff(content: Content) -> Levels:
         other, pages, mpp, slide = None, [first], None, False
     if other is None:
         try:
-            return [TiffSource(content, page, slide=slide) for page in pages], mpp
+            finest = TiffSource(content, pages[0], slide=slide)
+            return [finest, *_further(content, finest, pages[1:])], mpp
         except ImageError as error:
             refused = error
             if isinstance(error, OverLimit) or not has("openslide"):
                 raise
     content.close()
     try:
-        return openslide_source.open_levels(content.path)
+        return openslide_source.open_levels(content.path, content)
     except ImageError:
         if other is None:
             raise refused from None
         raise
+
+
+def _further(content: Content, finest: TiffSource, pages: Sequence[tifffile.TiffPage]) -> list[TiffSource]:
+    """The coarser levels; one that cannot be read is left out, and `finest` warns of it."""
+    levels = []
+    for page in pages:
+        try:
+            levels.append(TiffSource(content, page, slide=True))
+        except ImageError as error:
+            size = f"{page.imagewidth} x {page.imagelength}"
+            finest.warnings.append(f"its level of {size} pixels is left out: {one_line(error.what)}")
+    return levels

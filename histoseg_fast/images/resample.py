@@ -71,19 +71,20 @@ class Resampler:
         """
         columns = ((0, len(self._columns.first)),) if columns is None else columns
         taps = self._columns.weights.shape[1]
-        spans = _joined(
+        reaches = [
             (int(self._columns.first[first]), min(int(self._columns.first[end - 1]) + taps, self._source.width))
             for first, end in columns
-        )
+        ]
+        spans = _joined(reaches)
         for top in range(y0, y1, self._step):
             bottom = min(top + self._step, y1)
             first, end = int(self._rows.first[top]), int(self._ends[bottom - 1])
             block = np.empty((end - first, self._source.width, 3), np.uint8)
             self._source.read_rows(first, end, block, spans)
             rows = self._rows.first[top:bottom] - np.int32(first), self._rows.weights[top:bottom]
-            for left, right in columns:
-                across = self._columns.first[left:right], self._columns.weights[left:right]
-                _core.resample(block, *rows, *across, out[top - y0 : bottom - y0, left:right])
+            for (left, right), (near, far) in zip(columns, reaches, strict=True):  # rows are summed in these alone
+                across = self._columns.first[left:right] - np.int32(near), self._columns.weights[left:right]
+                _core.resample(block[:, near:far], *rows, *across, out[top - y0 : bottom - y0, left:right])
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

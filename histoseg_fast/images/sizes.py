@@ -7,10 +7,12 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from histoseg_fast.images.companions import BY_NAME, companions
-from histoseg_fast.images.content import HEAD_BYTES, open_regular
+from histoseg_fast.images.companions import BY_NAME, Folders
+from histoseg_fast.images.content import HEAD_BYTES, JPEG, PNG, TIFF, open_regular
+from histoseg_fast.images.jpeg import FRAMES
 from histoseg_fast.images.source import DECODE_ERRORS, MAX_DECODED_PIXELS
 from histoseg_fast.images.tiff import MAX_PIXELS, load_tifffile
+from histoseg_fast.images.tiff_slide import MAX_PAGES
 
 PIXELS_A_BYTE = 4
 """About what a byte of a slide's JPEG tiles stands for: for files whose header is not read."""
@@ -18,25 +20,22 @@ PIXELS_A_BYTE = 4
 MAX_SEGMENTS = 1000
 """Most segments before the frame header of a JPEG; real files have a few, a large profile some hundred."""
 
-MAX_PAGES = 64
-"""Most pages of a TIFF that are looked at; slides have about ten."""
-
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
-def image_pixels(path: Path) -> tuple[int, bool]:
+def image_pixels(path: Path, folders: Folders | None = None) -> tuple[int, bool]:
     """Pixels of an image (of a slide's finest level), and whether its header says so.
 
     Where no header can be read (damaged files, slides of formats that OpenSlide alone knows) the number is a guess
     from the bytes of all files that the image is made of, 0 where there is none. Never raises for what is in a file.
+    folders : where those are found, for calls with many images; looked for anew by default.
     """
     try:
         with open_regular(path) as raw:
             pixels = _header_pixels(path, raw)
     except DECODE_ERRORS:
         pixels = 0
-    return (pixels, True) if pixels else (PIXELS_A_BYTE * _total_bytes(path), False)
+    return (pixels, True) if pixels else (PIXELS_A_BYTE * _total_bytes(path, folders or Folders()), False)
 
 
 def _header_pixels(path: Path, raw: BinaryIO) -> int:
@@ -44,13 +43,13 @@ def _header_pixels(path: Path, raw: BinaryIO) -> int:
     head = raw.read(HEAD_BYTES)
     if path.suffix.lower() in BY_NAME or head.endswith(b"DICM"):
         return 0
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(PNG):
         width, height = struct.unpack_from(">II", head, 16)
         return width * height if width * height <= MAX_DECODED_PIXELS else 0
-    if head.startswith(b"\xff\xd8\xff"):
+    if head.startswith(JPEG):
         pixels = _jpeg_pixels(raw)
         return pixels if pixels <= MAX_DECODED_PIXELS else 0
-    if head[:2] in (b"II", b"MM"):
+    if head.startswith(TIFF):
         raw.seek(0)
         pixels = _tiff_pixels(raw)
         return pixels if pixels <= MAX_PIXELS else 0
@@ -68,7 +67,7 @@ def _jpeg_pixels(raw: BinaryIO) -> int:
         if code == 0xFF or code in _ALONE:  # a fill byte; a marker without a length
             position += 1 if code == 0xFF else 2
             continue
-        if code in _FRAMES:
+        if code in FRAMES:
             _, height, width = struct.unpack(">BHH", raw.read(5))
             return height * width
         position += 2 + length
@@ -88,9 +87,9 @@ def _tiff_pixels(raw: BinaryIO) -> int:
     return largest
 
 
-def _total_bytes(path: Path) -> int:
+def _total_bytes(path: Path, folders: Folders) -> int:
     total = 0
-    for file in (path, *companions(path)):
+    for file in (path, *folders.companions(path)):
         try:
             total += os.stat(file).st_size
         except (OSError, ValueError):

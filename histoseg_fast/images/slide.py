@@ -84,7 +84,7 @@ class SlideSource(ImageSource):
             self._check_size(width, height, MAX_PIXELS, "use a larger --mpp")
             self._resampler = Resampler(source, height, width, scale)
             self.mpp = resolution.mpp or resolution.trained
-        self.scale = finest.width / self.width
+        self.scale = finest.height / self.height, finest.width / self.width
 
     def _choose(self, resolution: Resolution) -> tuple[int, tuple[float, float] | None]:
         """The level, and its pixels a pixel (down, across); None for its own grid."""

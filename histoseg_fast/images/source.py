@@ -61,7 +61,7 @@ class ImageSource(abc.ABC):
     width, height : size in pixels.
     slide : whether this is a whole slide: resolution levels, or a format that slide scanners write.
     level : the resolution level that is read, or resampled from; 0 is the finest.
-    scale : pixels of level 0 along one pixel of the grid that `read_rows` gives.
+    scale : pixels of level 0 (down, across) in one pixel of the grid that `read_rows` gives.
     mpp : micrometres a pixel of the grid that `read_rows` gives, or None where the file does not say.
     warnings : what a reader of the results should know, one clause each.
     """
@@ -69,7 +69,7 @@ class ImageSource(abc.ABC):
     format: str
     slide: bool = False
     level: int = 0
-    scale: float = 1.0
+    scale: tuple[float, float] = (1.0, 1.0)
     mpp: float | None = None
     width: int
     height: int
@@ -165,9 +165,9 @@ class WholeSource(ImageSource):
 
     def __init__(self, content: Content):
         super().__init__(content)
-        if content.data is None:
-            self._refuse(f"{content.size:,} bytes are too many for this format", "save it as a tiled TIFF")
+        assert content.data is not None
         self._data = content.data
+        content.close()  # the bytes are held here alone, until they are decoded
         self._samples: np.ndarray | None = None
 
     @abc.abstractmethod

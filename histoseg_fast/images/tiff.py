@@ -26,6 +26,10 @@ MAX_PIXELS = 2**37
 MAX_SEGMENT_BYTES = 2**30
 """Largest strip or tile that has to be decoded whole, as bytes or RGB; an uncompressed strip has no limit."""
 
+ENCODED_SHARE, ENCODED_BYTES = 2, 64 * 2**10
+"""Most that a strip or tile to be decoded takes in the file: so many times its samples, as bytes or wider, and some for
+tables and profiles. No codec makes more of noise."""
+
 MAX_ROW_BYTES = 2**31
 """Most of a row of tiles, decoded, since a band of the image may need all of them."""
 
@@ -183,9 +187,11 @@ class TiffSource(SegmentedSource):
         size, page = self._page.databytecounts[index], self._page
         if size == 0:  # sparse: never written, zero by convention
             return np.zeros((height, width, self._channels), self._dtype)
-        data = bytearray(self._claimed(index, size))
-        self._content.read_into(page.dataoffsets[index], memoryview(data))
-        samples, _, _ = page.decode(self._unpacked(bytes(data)), index, jpegtables=page.jpegtables)
+        most = ENCODED_SHARE * self._seg_height * self._seg_width * self._channels * self._dtype.itemsize
+        if size > most + ENCODED_BYTES:
+            raise ValueError(f"a strip or tile claims {size:,} bytes, at most {most + ENCODED_BYTES:,} make sense")
+        data = self._content.read(page.dataoffsets[index], size)
+        samples, _, _ = page.decode(self._unpacked(data), index, jpegtables=page.jpegtables)
         assert samples is not None
         samples = samples[0]
         if samples.dtype == bool:
@@ -195,12 +201,6 @@ class TiffSource(SegmentedSource):
         if samples.shape[0] < height or samples.shape[1] < width:
             raise ValueError(f"a strip or tile decoded to {samples.shape}, smaller than it should be")
         return samples[:height, :width]
-
-    def _claimed(self, index: int, size: int) -> int:
-        """`size`, if the file has that many bytes there; checked before they are allocated."""
-        if size < 0 or self._page.dataoffsets[index] + size > self.size_bytes:
-            raise ValueError("the file ends before its pixels do")
-        return size
 
     def _unpacked(self, data: bytes) -> bytes:
         """Undo a compression of plain bytes; check what codecs of images let pass."""

@@ -6,6 +6,9 @@ import struct
 from collections.abc import Sequence
 from typing import BinaryIO
 
+CLASSIC_TIFF_BYTES = 2**32 - 1
+"""Files over this become BigTIFFs: classic offsets have 32 bits."""
+
 ASCII, SHORT, LONG, RATIONAL, LONG8, IFD, IFD8 = 2, 3, 4, 5, 16, 13, 18
 """Types of a tag's values. A RATIONAL's values are its numerator and its denominator."""
 

@@ -17,7 +17,16 @@ import numpy as np
 
 from histoseg_fast.errors import ImageError
 from histoseg_fast.files import atomic_write, sha256_of
-from histoseg_fast.images.tiff_directory import ASCII, LONG, LONG8, SHORT, Entry, write_directory, write_header
+from histoseg_fast.images.tiff_directory import (
+    ASCII,
+    CLASSIC_TIFF_BYTES,
+    LONG,
+    LONG8,
+    SHORT,
+    Entry,
+    write_directory,
+    write_header,
+)
 
 MASK_CHUNK_BYTES = 4 * 2**20
 """Rows of a mask are gathered to about this much before they are compressed."""
@@ -29,9 +38,6 @@ OVERLAY_QUALITY = 90
 
 STRIP_BYTES = 256 * 2**10
 """About the size of one uncompressed strip of a probability plane."""
-
-CLASSIC_TIFF_BYTES = 2**31
-"""Probabilities of more than this become a BigTIFF: classic offsets have 32 bits."""
 
 
 class BandWriter(abc.ABC):
@@ -217,7 +223,7 @@ class ProbabilityWriter(BandWriter):
         self._filled = 0
         self._offsets: list[list[int]] = [[] for _ in names]
         self._counts: list[list[int]] = [[] for _ in names]
-        self._big = width * height * len(names) > CLASSIC_TIFF_BYTES
+        self._big = 2 * width * height * len(names) > CLASSIC_TIFF_BYTES  # room for what deflate adds at worst
         with self._told():  # the header comes in at the end
             self._stream.write(bytes(16 if self._big else 8))
 

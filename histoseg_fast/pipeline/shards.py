@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from histoseg_fast.errors import UsageError
+from histoseg_fast.images.companions import Folders
 from histoseg_fast.images.sizes import image_pixels
 from histoseg_fast.pipeline.sources import Source
 
@@ -76,8 +77,9 @@ class Share:
 
 def take_share(sources: Sequence[Source], shard: Shard) -> Share:
     """Those of `sources` that `shard` has to do, in their order. Reads a few bytes of every file."""
+    folders = Folders()
     with ThreadPoolExecutor(HEADER_READERS, "headers") as pool:
-        sizes = list(pool.map(lambda source: image_pixels(source.path), sources))
+        sizes = list(pool.map(lambda source: image_pixels(source.path, folders), sources))
     parts = deal(((source.name, pixels) for source, (pixels, _) in zip(sources, sizes, strict=True)), shard.of)
     mine = [(source, *size) for source, size in zip(sources, sizes, strict=True) if parts[source.name] == shard.number]
     return Share(

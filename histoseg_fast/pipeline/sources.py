@@ -16,7 +16,7 @@ import numpy as np
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
-from histoseg_fast.images.companions import OF_SEVERAL_FILES, companions
+from histoseg_fast.images.companions import OF_SEVERAL_FILES, Folders
 from histoseg_fast.pipeline.records import MANIFEST, OUTPUT_FOLDERS
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -55,7 +55,7 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
             raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES)))
         for path, name in matches:
             found.setdefault(os.path.abspath(path), (path, name))
-    leave_out_companions(found)
+    leave_out_companions(found, Folders())
     stems = Counter(short_stem(name).casefold() for _, name in found.values())
     sources = [
         Source(path, name, short_stem(name) if stems[short_stem(name).casefold()] == 1 else name)
@@ -72,11 +72,11 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     return sources
 
 
-def leave_out_companions(found: dict[str, T]) -> None:
+def leave_out_companions(found: dict[str, T], folders: Folders) -> None:
     """Leave the first file of each slide of several in `found`, by absolute paths."""
     for path in sorted(map(Path, found)):
         if path.suffix.lower() in OF_SEVERAL_FILES and str(path) in found:
-            for companion in companions(path):
+            for companion in folders.companions(path):
                 found.pop(str(companion), None)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.images.companions import OF_SEVERAL_FILES, companions
+from histoseg_fast.images.companions import OF_SEVERAL_FILES, Folders
 from histoseg_fast.pipeline.sources import Source, leave_out_companions, short_stem, walk
 
 SETTLE_SECONDS = 10.0
@@ -106,10 +106,11 @@ class Watcher:
             unlisted[os.path.abspath(error.filename)] = error.strerror or str(error)
 
         found = {os.path.abspath(path): name for path, name in walk(self._root, self._out, note)}
-        leave_out_companions(found)
+        folders = Folders()
+        leave_out_companions(found, folders)
         files: dict[str, _File] = {}
         for path, name in found.items():
-            stamp, known = stamp_of(path), self._files.get(path)
+            stamp, known = stamp_of(path, folders), self._files.get(path)
             if known is not None and known.stamp == stamp:
                 files[path] = known
             elif stamp is not None:
@@ -132,7 +133,7 @@ class Watcher:
             file = self._files[path]
             if now - file.since < self._settle or file.name in self._in_flight:
                 continue
-            if stamp_of(path) != file.stamp:  # the next listing takes it from there
+            if stamp_of(path, Folders()) != file.stamp:  # the next listing takes it from there
                 continue
             file.given = True
             del self._waiting[place]
@@ -152,11 +153,11 @@ class Watcher:
         return stem
 
 
-def stamp_of(path: str) -> Stamp | None:
+def stamp_of(path: str, folders: Folders) -> Stamp | None:
     """The stamp of an image with all its files; None where it has gone, or is no file."""
     files = [path]
     if os.path.splitext(path)[1].lower() in OF_SEVERAL_FILES:
-        files += map(str, companions(path))
+        files += map(str, folders.companions(Path(path)))
     try:
         return tuple((status.st_size, status.st_mtime_ns) for status in map(os.stat, files))
     except OSError:

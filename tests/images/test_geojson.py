@@ -33,13 +33,13 @@ def write(path: Path, ids: np.ndarray, options: OutlineOptions = EXACT, cuts=(),
 
 def test_an_annotation_as_qupath_reads_it(tmp_path: Path) -> None:
     ids = np.array([[0, 0, 0], [0, 2, 2], [0, 2, 2]], np.uint8)
-    collection = write(tmp_path / "a.geojson", ids, scale=2.0)
+    collection = write(tmp_path / "a.geojson", ids, scale=(2.0, 0.5))
     (feature,) = collection.pop("features")
     assert collection == {"type": "FeatureCollection"}
     assert UUID_5.fullmatch(feature.pop("id"))
     assert feature == {
         "type": "Feature",
-        "geometry": {"type": "Polygon", "coordinates": [[[6, 2], [6, 6], [2, 6], [2, 2], [6, 2]]]},
+        "geometry": {"type": "Polygon", "coordinates": [[[1.5, 2], [1.5, 6], [0.5, 6], [0.5, 2], [1.5, 2]]]},
         "properties": {"objectType": "annotation", "classification": {"name": "stroma", "color": [0, 255, 0]}},
     }
 
@@ -81,7 +81,7 @@ def test_a_class_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class id 3 has no name among 3"):
         write(tmp_path / "a", np.full((2, 2), 3, np.uint8))
     with pytest.raises(ValueError, match="scale"):
-        write(tmp_path / "a", np.zeros((2, 2), np.uint8), scale=0.0)
+        write(tmp_path / "a", np.zeros((2, 2), np.uint8), scale=(0.0, 1.0))
     assert not list(tmp_path.iterdir())
 
 

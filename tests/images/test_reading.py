@@ -19,6 +19,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from histoseg_fast.errors import ImageError
 from histoseg_fast.images import content as content_module
@@ -439,6 +440,64 @@ def test_tiff_bomb_meets_the_limit(tmp_path):
     tracemalloc.stop()
 
 
+def claim(path, size, more=b""):
+    """Make the first tile of a TIFF `size` bytes long, and append `more` to the file."""
+    with tifffile.TiffFile(path) as file:
+        place = file.pages[0].tags[325].valueoffset
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, place, size)
+    path.write_bytes(bytes(data) + more)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_tile_takes_no_more_of_the_file_than_makes_sense(tmp_path, monkeypatch, held):
+    if not held:
+        monkeypatch.setattr(content_module, "WHOLE_FILE_BYTES", 1000)
+    path, rgb = tmp_path / "t.tif", picture(256, 512)
+    tifffile.imwrite(path, rgb, photometric="rgb", compression="zlib", tile=(256, 256))
+    most = 2 * 256 * 256 * 3 + 2**16
+    claim(path, most, bytes(2**25))  # what follows the pixels is no one's business
+    np.testing.assert_array_equal(read(path), rgb)
+    for size in (most + 1, 2**25):
+        claim(path, size)
+        with open_image(path) as source:
+            tracemalloc.start()
+            with pytest.raises(ImageError, match=rf"damaged TIFF data .*claims {size:,} bytes, at most {most:,}"):
+                source.read_rows(0, 16, np.zeros((16, 512, 3), np.uint8))
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "jpeg", "jpeg2000", "webp", "lzw", "packbits", "zstd", "lzma"])
+@pytest.mark.parametrize("side", [16, 512])
+def test_tiles_of_noise_are_within_the_limit(tmp_path, compression, side):
+    rgb = RNG.integers(0, 256, (side, side, 3), np.uint8)
+    options = {"compressionargs": {"level": 100}} if compression in ("jpeg", "webp") else {}
+    tifffile.imwrite(tmp_path / "t.tif", rgb, photometric="rgb", compression=compression, tile=(side, side), **options)
+    assert read(tmp_path / "t.tif").shape == rgb.shape
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4"])
+def test_bits_that_no_fax_compresses_are_within_the_limit(tmp_path, compression):
+    bits = np.indices((1024, 1024)).sum(0) % 2 == 0
+    Image.fromarray(bits).save(tmp_path / "t.tif", compression=compression, tiffinfo={278: 1024})
+    np.testing.assert_array_equal(read(tmp_path / "t.tif")[..., 0] == 255, bits)
+
+
+def test_a_tile_is_held_encoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(content_module, "WHOLE_FILE_BYTES", 1000)
+    path, rgb = tmp_path / "t.tif", RNG.integers(0, 256, (1024, 1024, 3), np.uint8)
+    tifffile.imwrite(path, rgb, photometric="rgb", compression="zlib", tile=(1024, 1024))
+    out = np.zeros_like(rgb)
+    with open_image(path) as source:
+        tracemalloc.start()
+        source.read_rows(0, 1024, out)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 3.5 * rgb.nbytes, peak / rgb.nbytes
+    np.testing.assert_array_equal(out, rgb)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_one_huge_strip_is_read_with_little_memory(tmp_path, monkeypatch, whole):
     if not whole:
@@ -617,6 +676,54 @@ def test_one_clear_line(tmp_path, data, what):
     assert caught.value.where == str(path)
     assert caught.value.fix
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("magic", "what"),
+    [
+        (b"hello, this is no picture", "is not a PNG, JPEG or TIFF file, nor a slide"),
+        (b"II, this is no picture", "is not a PNG, JPEG or TIFF file, nor a slide"),
+        (b"\x89PNG\r\n\x1a\n", "1,073,741,825 bytes are too many for this format; save it as a tiled TIFF"),
+        (b"\xff\xd8\xff", "1,073,741,825 bytes are too many for this format; save it as a tiled TIFF"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_unread(tmp_path, monkeypatch, magic, what):
+    path = save(tmp_path, magic)
+    os.truncate(path, content_module.MAX_ENCODED_BYTES + 1)
+    for read_all in ("sha256_of", "_read_whole"):
+        monkeypatch.setattr(content_module, read_all, lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ImageError, match=what):
+        open_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "text.png", "a.jpg"])
+def test_the_encoded_image_is_let_go_when_it_is_decoded(tmp_path, name):
+    side, extra = 700, PngInfo()
+    rgb = RNG.integers(0, 256, (side, side, 3), np.uint8)
+    extra.add_text("a", "b" if name == "text.png" else "")
+    options = {"quality": 100, "subsampling": 0} if name == "a.jpg" else {"pnginfo": extra}
+    Image.fromarray(rgb).save(tmp_path / name, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 2**20
+    tracemalloc.start()
+    source = open_image(tmp_path / name)
+    source.read_rows(0, 1, np.zeros((1, side, 3), np.uint8))  # of these formats, all is decoded
+    assert tracemalloc.get_traced_memory()[0] < rgb.nbytes + 2**19
+    source.close()
+    assert tracemalloc.get_traced_memory()[0] < 2**19
+    tracemalloc.stop()
+
+
+def test_a_closed_tiff_holds_no_bytes(tmp_path):
+    rgb = RNG.integers(0, 256, (700, 700, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", rgb, photometric="rgb")
+    read(tmp_path / "a.tif")  # what is imported for it
+    tracemalloc.start()
+    source = open_image(tmp_path / "a.tif")
+    assert tracemalloc.get_traced_memory()[0] > rgb.nbytes
+    source.close()
+    assert tracemalloc.get_traced_memory()[0] < 2**19
+    tracemalloc.stop()
 
 
 def test_what_is_no_readable_file(tmp_path):

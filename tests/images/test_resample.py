@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,6 +124,43 @@ def test_bands_give_the_whole_whatever_the_blocks(seed, size, scale, data):
     for y0, y1 in zip([0, *cuts], [*cuts, out], strict=True):
         resampler.read(y0, y1, banded[y0:y1])
     np.testing.assert_array_equal(banded, whole)
+
+
+@st.composite
+def spans(draw, width):
+    """Disjoint spans of `width` columns, from left to right; they may touch."""
+    ends = sorted(draw(st.lists(st.integers(0, width), min_size=2, max_size=12, unique=True)))
+    return [(first, end) for first, end in itertools.pairwise(ends) if draw(st.booleans()) or end == ends[-1]]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 90), st.floats(0.5, 9), st.data())
+def test_columns_give_the_whole_and_cost_what_they_cover(seed, size, scale, data):
+    class Spans(Picture):
+        def read_rows(self, y0, y1, out, columns=None):
+            for first, end in columns:
+                out[:, first:end] = self.rgb[y0:y1, first:end]
+
+    rgb, summed = noise(seed, 12, size), 0
+    whole = np.zeros((max(1, round(12 / scale)), max(2, round(size / scale)), 3), np.uint8)
+    Resampler(Picture(rgb), *whole.shape[:2], (scale, scale)).read(0, len(whole), whole)
+    columns = data.draw(spans(whole.shape[1]))
+    kept = np.zeros(whole.shape[1], bool)
+    got = np.full_like(whole, 77)
+
+    def counted(source, *rest):
+        nonlocal summed
+        summed += source.shape[1]
+        resample(source, *rest)
+
+    resample = _core.resample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_core, "resample", counted)
+        Resampler(Spans(rgb), *whole.shape[:2], (scale, scale)).read(0, len(got), got, columns)
+    for first, end in columns:
+        kept[first:end] = True
+    np.testing.assert_array_equal(got, np.where(kept[:, None], whole, 77))
+    assert summed <= sum((end - first) * scale + scale + 3 for first, end in columns)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
+import signal
 import struct
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from hypothesis import strategies as st
 from slide_files import SHARED_SLIDES, halves, noise, write_ome, write_philips, write_pyramid, write_svs
 
 from histoseg_fast.errors import ImageError, UsageError
-from histoseg_fast.images import Resolution, open_image, openslide_source, segments
+from histoseg_fast.files import sha256_of
+from histoseg_fast.images import Resolution, content, open_image, openslide_source, segments
 from histoseg_fast.images import slide as slide_module
 from histoseg_fast.images.companions import companions
 
@@ -214,8 +218,6 @@ def test_tiles_that_were_never_written_are_glass(tmp_path, write):
 
 
 def test_threads_give_the_same_and_end_with_the_image(tmp_path, monkeypatch):
-    import threading
-
     monkeypatch.setattr(segments, "PARALLEL_PIXELS", 0)
     monkeypatch.setattr(segments, "available_cores", lambda: 4)
     level = noise(500, 700)
@@ -255,6 +257,19 @@ def test_openslide_reads_what_our_reader_does_not(tmp_path):
     np.testing.assert_array_equal(read(path, Resolution(mpp=1.0)), shrunk(level, 2))
 
 
+def test_a_slide_that_openslide_reads_is_digested_once(tmp_path, monkeypatch):
+    path, digested = write_philips(tmp_path / "a.tiff", noise(200, 300)), []
+    monkeypatch.setattr(content, "WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(content, "sha256_of", lambda file: (digested.append(file.name), sha256_of(file))[1])
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_image(path) as image:
+        assert (image.format, image.sha256, digested) == ("openslide", sha256, [str(path)])
+    image = open_image(path)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ImageError, match="changed while it was read"):
+        image.close()
+
+
 def test_without_openslide_one_line_says_what_to_install(tmp_path, without_openslide):
     path = write_philips(tmp_path / "a.tiff", noise(200, 300))
     refused(path, Resolution(level=0), "needs OpenSlide", "pip install 'histoseg-fast[slides]'")
@@ -290,6 +305,28 @@ def test_openslide_that_dies_costs_its_slide(tmp_path):
     image.close()
 
 
+def test_openslide_that_is_stuck_costs_its_slide(tmp_path, monkeypatch):
+    image = open_image(write_philips(tmp_path / "a.tiff", noise(200, 300)))
+    (worker,) = image._source._workers._all
+    before = set(threading.enumerate())
+    monkeypatch.setattr(openslide_source, "ANSWER_SECONDS", 0.2)
+    worker._process.send_signal(signal.SIGSTOP)
+    for read in (lambda: image.read_rows(0, 200, np.zeros((200, 300, 3), np.uint8)), lambda: image.overview(4)):
+        with pytest.raises(ImageError, match=r"a\.tiff: OpenSlide gave no answer in 0\.2 s; check the disk"):
+            read()
+        assert worker._process.poll() == -signal.SIGKILL
+    image.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_openslide_that_never_opens_costs_its_slide(tmp_path, monkeypatch):
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(openslide_source, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(openslide_source.openslide_worker, "__file__", str(stuck))
+    refused(write_philips(tmp_path / "a.tiff", noise(64, 64)), Resolution(level=0), "OpenSlide gave no answer in 0.2 s")
+
+
 def test_no_process_outlives_a_slide_that_changed(tmp_path):
     path = write_philips(tmp_path / "a.tiff", noise(64, 64))
     image = open_image(path)
@@ -304,6 +341,28 @@ def test_odd_tags_cost_no_pixels(tmp_path):
     tags = [(296, 3, 3, (9, 9, 9), False), (282, 3, 1, 0, False), (305, 3, 1, 7, False)]
     tifffile.imwrite(tmp_path / "a.tif", plain, photometric="rgb", metadata=None, software=False, extratags=tags)
     np.testing.assert_array_equal(read(tmp_path / "a.tif"), plain)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_coarser_level_that_cannot_be_read_costs_only_itself(tmp_path, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "openslide", None)
+    levels, path = halves(256, 384, 3), tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for i, (level, compression) in enumerate(zip(levels, ("deflate", "png", "deflate"), strict=True)):
+            options = {"tile": (64, 64), "compression": compression, "resolution": (20000, 20000)}
+            file.write(level, subfiletype=min(i, 1), photometric="rgb", resolutionunit="CENTIMETER", **options)
+    warning = "its level of 192 x 128 pixels is left out: TIFF compression 34933 is not supported"
+    for resolution, wanted in (
+        (Resolution(level=0), levels[0]),
+        (Resolution(level=1), levels[2]),
+        (Resolution(mpp=1.0), shrunk(levels[0], 2)),
+    ):
+        with open_image(path, resolution) as image:
+            assert image.format == "tiff" and image.slide and image.warnings == [warning]
+            assert image.mpp == {0: 0.5, 1: 2.0}[image.level] or image.mpp == resolution.mpp
+        np.testing.assert_array_equal(read(path, resolution), wanted)
+    refused(path, Resolution(level=2), "has no level 2", "--level N (0 to 1)")
 
 
 def test_openslide_in_several_processes_gives_the_same(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from running import FakeEngine, entries, finish, make_stream, partials, picture,
 
 from histoseg_fast.engines import Engine, open_engine, run_tiled
 from histoseg_fast.errors import ImageError
-from histoseg_fast.images import PyramidWriter, read_image, write_png
+from histoseg_fast.images import OutlineOptions, PyramidWriter, Resolution, read_image, write_png
 from histoseg_fast.images.content import Content
 from histoseg_fast.images.overview import shrink
 from histoseg_fast.images.png import PngSource
@@ -282,3 +283,24 @@ def test_a_full_disk_ends_the_run_and_leaves_nothing(tmp_path, monkeypatch, slid
     with pytest.raises(ImageError, match=r"a\.ome\.tif: cannot be written: No space left"):
         run_stream(FakeEngine(), tmp_path / "in", tmp_path / "out", tile=32)
     assert results(tmp_path / "out") == {} and not partials(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("mpp", "wanted"), [((1.6, 1.6), 1.0), ((0.455063, 0.456413), 0.5), ((0.455063, 0.456413), 0.24), ((0.1, 0.2), 2)]
+)
+def test_outlines_have_the_corners_of_level_0(tmp_path, mpp, wanted):
+    """Whether the slide is enlarged or shrunk, and by whichever factors down and across."""
+    (tmp_path / "in").mkdir()
+    rgb = np.full((301, 403, 3), (0, 200, 0), np.uint8)  # one class
+    per_cm = 1e4 / mpp[1], 1e4 / mpp[0]
+    options = {"tile": (64, 64), "photometric": "rgb", "resolution": per_cm, "resolutionunit": "CENTIMETER"}
+    with tifffile.TiffWriter(tmp_path / "in/a.tif") as file:
+        file.write(rgb, **options)
+        file.write(rgb[::2, ::2].copy(), subfiletype=1, **options)
+    given = {"tissue_threshold": None, "geojson": OutlineOptions(), "resolution": Resolution(mpp=wanted)}
+    assert run_stream(FakeEngine(), tmp_path / "in", tmp_path / "out", **given).done == 1
+    (feature,) = json.loads((tmp_path / "out/geojson/a.geojson").read_text())["features"]
+    (ring,) = feature["geometry"]["coordinates"]
+    entry = entries(tmp_path / "out")["a.tif"]
+    assert (entry["height"], entry["width"]) != rgb.shape[:2]
+    assert sorted(map(tuple, ring[:-1])) == [(0, 0), (0, 301), (403, 0), (403, 301)]

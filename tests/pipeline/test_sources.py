@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from histoseg_fast.errors import UsageError
+from histoseg_fast.images import companions as companions_module
 from histoseg_fast.images import write_png
+from histoseg_fast.images.sizes import PIXELS_A_BYTE
+from histoseg_fast.pipeline.shards import Shard, take_share
 from histoseg_fast.pipeline.sources import find_sources, refuse_urls
+from histoseg_fast.pipeline.watch import Watcher
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -150,6 +154,39 @@ def test_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: 
     touch(tmp_path / url.split("/")[0], "a.png")  # a folder that is called so
     refuse_urls([url], Path(url))
     refuse_urls(["a.png", "C:/images", "a:b/c.png"], Path("/out"))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders that are listed and files whose series is asked for; a file's text is its series."""
+    seen: list[str] = []
+    scandir = os.scandir
+
+    def series(path: Path) -> str:
+        seen.append(str(path))
+        return path.read_text()
+
+    monkeypatch.setattr(os, "scandir", lambda path: (seen.append(str(path)), scandir(path))[1])
+    monkeypatch.setattr(companions_module, "dicom_series", series)
+    return seen
+
+
+@pytest.mark.parametrize("every", [1, 3, 1000])
+def test_a_folder_of_many_series_is_told_apart_once(tmp_path: Path, looks: list[str], every: int) -> None:
+    count, folder = 1000, tmp_path / "in"
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:04}.dcm").write_text(str(i // every))
+    sources = find_sources([str(folder)], tmp_path / "out")
+    assert [source.name for source in sources] == [f"{i:04}.dcm" for i in range(0, count, every)]
+    assert len(looks) <= 2 * count + 2
+    looks.clear()
+    share = take_share(sources, Shard(1, 1))
+    sizes = {name: PIXELS_A_BYTE * (folder / name).stat().st_size for name in map("{:04}.dcm".format, range(count))}
+    assert share.pixels == sum(sizes.values()) and len(looks) <= 2 * count + 2
+    looks.clear()
+    Watcher([str(folder)], tmp_path / "out", None, print)._scan()
+    assert len(looks) <= 3 * count + 2
 
 
 def test_links_dangling_and_circular(tmp_path: Path) -> None:
