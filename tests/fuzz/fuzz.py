@@ -21,9 +21,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 ROOM = 1 << 30
 """Bytes of address space that a target may take beside what the libraries have."""
-CPU_SECONDS = 10.0
-"""Most for one input; it is the processor's time, as a busy machine may let a process wait."""
-WALL_SECONDS = 300
+CPU_SECONDS, WALL_SECONDS = 10.0, 300
+"""Most for one input. The processor's time is what counts, as a busy machine may let a process wait."""
 NAMES = ("plan", "manifest", "model", "labels", "png", "jpeg", "tiff", "slide", "records", "checkpoint")
 INSTRUMENTED = ["histoseg_fast", "tifffile", "zipfile"]
 
@@ -44,19 +43,21 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def replay(name: str, paths: Sequence[Path]) -> None:
+    import pytest
     import targets
 
-    targets.lower_limits()
+    targets.lower_limits(pytest.MonkeyPatch())
     for path in paths:
         targets.check(targets.TARGETS[name], path.read_bytes())
 
 
 def fuzz(options: argparse.Namespace) -> None:
     import atheris
+    import pytest
 
     with atheris.instrument_imports(include=INSTRUMENTED):
         import targets
-    targets.lower_limits()
+    targets.lower_limits(pytest.MonkeyPatch())
     target = targets.TARGETS[options.target]
 
     def one(data: bytes) -> None:
