@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 from histoseg_fast.errors import ImageError
 from histoseg_fast.files import atomic_write, sha256_of
 from histoseg_fast.images.tiff_directory import ASCII, LONG, LONG8, SHORT, Entry, write_directory, write_header
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MASK_CHUNK_BYTES = 4 * 2**20
 """Rows of a mask are gathered to about this much before they are compressed."""
@@ -105,7 +108,7 @@ class BandWriter(abc.ABC):
                 ) from error
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -163,7 +163,7 @@ class Stream:
             thread.join(0.1)
             poll()
 
-    def _put(self, target: queue.Queue, item: Any) -> None:
+    def _put(self, target: queue.Queue[Any], item: Any) -> None:
         while True:
             try:
                 return target.put(item, timeout=0.2)
@@ -286,7 +286,7 @@ class Stream:
             for job, band in bands:
                 self._put(self._queue(job), (job, band))
 
-    def _queue(self, job: Job) -> queue.Queue:
+    def _queue(self, job: Job) -> queue.Queue[Any]:
         """All bands of an image go to one writer, in order."""
         return self._queues[job.number % len(self._queues)]
 
@@ -296,7 +296,7 @@ class Stream:
 
     # -- writers ---------------------------------------------------------------------------------------
 
-    def _write_bands(self, waiting: queue.Queue) -> None:
+    def _write_bands(self, waiting: queue.Queue[Any]) -> None:
         jobs: dict[int, Job] = {}
         try:
             while not self._dead.is_set():

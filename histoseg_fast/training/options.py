@@ -77,7 +77,7 @@ class TrainingOptions:
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values for checkpoints and plans; of files and folders only the names."""
-        values = json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         values["weights"], values["teacher"] = Path(self.weights).name, Path(self.teacher).name
         values["extra"] = [[Path(folder).name, scale] for folder, scale in self.extra]
         return values
