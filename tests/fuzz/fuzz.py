@@ -23,6 +23,8 @@ ROOM = 1 << 30
 """Bytes of address space that a target may take beside what the libraries have."""
 CPU_SECONDS, WALL_SECONDS = 10.0, 300
 """Most for one input. The processor's time is what counts, as a busy machine may let a process wait."""
+SHARE_THAT_KNOWS = 0.5
+"""Of the mutations, those that know the format; the others are libFuzzer's."""
 NAMES = ("plan", "manifest", "model", "labels", "png", "jpeg", "tiff", "slide", "records", "checkpoint")
 INSTRUMENTED = ["histoseg_fast", "tifffile", "zipfile"]
 
@@ -67,7 +69,10 @@ def fuzz(options: argparse.Namespace) -> None:
         assert spent < CPU_SECONDS, f"{spent:.1f} s for {len(data)} bytes"
 
     def mutated(data: bytes, max_size: int, seed: int) -> bytes:
-        return target.repair(atheris.Mutate(data, max_size))[:max_size]
+        rng = random.Random(seed)
+        if target.mutate is not None and rng.random() < SHARE_THAT_KNOWS:
+            return target.mutate(data, rng)[:max_size]
+        return bytes(atheris.Mutate(data, max_size))
 
     with tempfile.TemporaryDirectory(prefix="histoseg-corpus-") as seeds:
         for i, seed in enumerate(target.seeds()):
@@ -79,7 +84,6 @@ def fuzz(options: argparse.Namespace) -> None:
         if options.corpus:
             options.corpus.mkdir(parents=True, exist_ok=True)
         folders = [str(options.corpus)] if options.corpus else []
-        random.seed(options.seed)
         atheris.Setup([sys.argv[0], *flags, *folders, seeds], one, custom_mutator=mutated)
         atheris.Fuzz()
 

@@ -11,7 +11,6 @@ import json
 import shutil
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+from mutations import Mutation, json_of_records, json_value, png_sums, tiff_tag
 from PIL import Image
 from slide_files import halves, noise, write_ome, write_philips, write_pyramid, write_svs
 from tiny_plans import tiny_manifest, tiny_model
@@ -45,11 +45,11 @@ SMALL_PIXELS, SMALL_SEGMENT = 1 << 20, 1 << 22
 
 @dataclass(frozen=True)
 class Target:
-    """read : takes the bytes. seeds : sound inputs. repair : puts right what hides the rest from mutations."""
+    """read : takes the bytes. seeds : sound inputs. mutate : a mutation that knows the format, if there is one."""
 
     read: Callable[[bytes], object]
     seeds: Callable[[], Iterator[bytes]]
-    repair: Callable[[bytes], bytes] = bytes
+    mutate: Mutation | None = None
     max_bytes: int = 1 << 14
 
 
@@ -207,15 +207,6 @@ def png_seeds() -> Iterator[bytes]:
     yield bytes(imagecodecs.png_encode(noise(9, 13).astype(np.uint16) * 257))
 
 
-def repair_png(data: bytes) -> bytes:
-    """The right checksum behind every chunk."""
-    parts, position = [data[:8]], 8
-    while (end := position + 8 + int.from_bytes(data[position : position + 4], "big")) + 4 <= len(data):
-        parts += [data[position:end], struct.pack(">I", zlib.crc32(data[position + 4 : end]))]
-        position = end + 4
-    return b"".join([*parts, data[position:]])
-
-
 def jpeg_seeds() -> Iterator[bytes]:
     for mode in ("RGB", "L", "CMYK"):
         for progressive in (False, True):
@@ -310,14 +301,14 @@ TINY = tiny_model()
 MASK = b"mask"
 TARGETS: Mapping[str, Target] = {
     "plan": Target(read_plan, plan_seeds),
-    "manifest": Target(read_manifest, manifest_seeds, max_bytes=1 << 12),
+    "manifest": Target(read_manifest, manifest_seeds, json_value, max_bytes=1 << 12),
     "model": Target(check_graph, model_seeds),
     "labels": Target(read_labels, label_seeds, max_bytes=1 << 10),
-    "png": Target(read_image, png_seeds, repair_png, max_bytes=1 << 12),
+    "png": Target(read_image, png_seeds, png_sums, max_bytes=1 << 12),
     "jpeg": Target(read_image, jpeg_seeds, max_bytes=1 << 12),
-    "tiff": Target(read_image, tiff_seeds, max_bytes=1 << 13),
-    "slide": Target(read_slide, slide_seeds, max_bytes=1 << 16),
-    "records": Target(read_records, record_seeds, max_bytes=1 << 12),
+    "tiff": Target(read_image, tiff_seeds, tiff_tag, max_bytes=1 << 13),
+    "slide": Target(read_slide, slide_seeds, tiff_tag, max_bytes=1 << 16),
+    "records": Target(read_records, record_seeds, json_of_records, max_bytes=1 << 12),
     "checkpoint": Target(read_checkpoint_file, checkpoint_seeds, max_bytes=1 << 12),
 }
 
