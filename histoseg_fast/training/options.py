@@ -29,8 +29,8 @@ class TrainingOptions:
     clip : the gradient's norm is scaled down to this (0: never).
     extra : more data folders whose train splits are trained on, each with the scale its images are resized by.
     batch_norm : train the paper's networks with batch norms, which compiling folds away.
-    freeze_norms : from this epoch on batch norms keep the averaged statistics they have, in training as in evaluation, so
-        that nothing is learned from what else is in a batch (0: never).
+    freeze_norms : from this epoch on batch norms keep the averaged statistics they have, in training as in evaluation,
+        so that nothing is learned from what else is in a batch (0: never).
     teacher : checkpoint or plan of the network whose logits the loss term "distil" compares with ("": none).
     palette : classes and the colours they have in label images.
     precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
