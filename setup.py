@@ -2,6 +2,7 @@
 
 HISTOSEG_CUDA=auto (the default) builds the CUDA sources if nvcc is on PATH or in CUDA_HOME or CUDA_PATH; 0 never does,
 1 insists. What is built imports on machines without a GPU and without CUDA libraries: the runtime is linked in.
+HISTOSEG_SANITIZE=address or thread builds the C++ core with gcc's sanitizers, for `scripts/sanitize.sh`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -106,10 +108,21 @@ class BuildExt(build_ext):
         self.announce(command, level=2)
 
 
+def sanitizer_flags() -> list[str]:
+    """What HISTOSEG_SANITIZE asks for, for compiler and linker alike; nothing by default."""
+    wanted = os.environ.get("HISTOSEG_SANITIZE", "")
+    if not wanted:
+        return []
+    if wanted not in SANITIZERS:
+        raise SystemExit(f"HISTOSEG_SANITIZE={wanted!r} is not known; use {' or '.join(SANITIZERS)}")
+    return [f"-fsanitize={SANITIZERS[wanted]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
 def core_extension() -> Extension:
     """The C++ core."""
     import pybind11
 
+    sanitizers = sanitizer_flags()
     if sys.platform == "win32":
         compile_args, link_args = ["/std:c++17", "/O2", "/EHsc", "/fp:precise", "/permissive-"], []
     else:
@@ -121,8 +134,8 @@ def core_extension() -> Extension:
         sorted(os.fspath(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
         depends=sorted(os.fspath(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.[hc]*")),
         include_dirs=["csrc", pybind11.get_include()],
-        extra_compile_args=compile_args,
-        extra_link_args=link_args,
+        extra_compile_args=[*compile_args, *sanitizers],
+        extra_link_args=[*link_args, *sanitizers],
         language="c++",
     )
 

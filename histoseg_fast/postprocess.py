@@ -219,7 +219,8 @@ def run_crf(options: CrfOptions, rgb: Ids, logits: Floats) -> Floats:
             f"the image has {pixels} pixels; a dense CRF takes up to {MAX_CRF_PIXELS}",
             fix="leave the CRF out, or cut the image into smaller ones",
         )
-    return checked(_core.dense_crf, rgb, logits, **dataclasses.asdict(options))
+    probabilities: Floats = checked(_core.dense_crf, rgb, logits, **dataclasses.asdict(options))
+    return probabilities
 
 
 def classify(scores: Floats) -> Ids:
@@ -255,7 +256,7 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
         raise UsageError(f"{name} is {shown(value)}; numbers from {least:g} to {most:g} are allowed")
 
 
-def parse_number(name: str, text: str, kind: type) -> int | float:
+def parse_number(name: str, text: str, kind: type[int] | type[float]) -> int | float:
     """`text` as an int or float; UsageError otherwise."""
     try:
         number = kind(text)

@@ -140,7 +140,8 @@ def _fibres(rng: np.random.Generator, layout: _Layout) -> np.ndarray:
     def read(finer: float) -> np.ndarray:
         row = (layout.across * (4 * finer)).astype(np.int32) & (shape[0] - 1)
         column = (layout.along * (0.5 * finer)).astype(np.int32) & (shape[1] - 1)
-        return table.ravel().take(row * shape[1] + column)
+        found: np.ndarray = table.ravel().take(row * shape[1] + column)
+        return found
 
     return 0.45 * read(1.9) + 0.6 * read(0.9) + 0.66 * read(0.37)
 
@@ -188,7 +189,8 @@ def _uphill(field: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     padded = np.pad(field, 4, mode="edge")
     row, column = y.astype(np.int64) + 4, x.astype(np.int64) + 4
     rise = padded[row + 4, column] - padded[row - 4, column]
-    return np.arctan2(rise, padded[row, column + 4] - padded[row, column - 4])
+    angle: np.ndarray = np.arctan2(rise, padded[row, column + 4] - padded[row, column - 4])
+    return angle
 
 
 def _stamp(canvas: np.ndarray, nuclei: _Nuclei, rim: float) -> None:
@@ -278,7 +280,8 @@ def _blur(field: np.ndarray) -> np.ndarray:
     """The softness of the optics: a 1-2-1 kernel both ways, edges repeated; float32 (height, width)."""
     padded = np.pad(field, 1, mode="edge")
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
-    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
+    blurred: np.ndarray = (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
+    return blurred
 
 
 def _expose(rng: np.random.Generator, haematoxylin: np.ndarray, eosin: np.ndarray) -> np.ndarray:
@@ -288,8 +291,9 @@ def _expose(rng: np.random.Generator, haematoxylin: np.ndarray, eosin: np.ndarra
     second = EOSIN * rng.normal(1, 0.04, 3) * rng.uniform(0.80, 1.20)
     glass = GLASS_RGB + rng.normal(0, 2, 3)
     haematoxylin, eosin = _blur(haematoxylin), _blur(eosin)
-    image = rng.standard_normal((*eosin.shape, 3), dtype=np.float32) * np.float32(1.6)  # the sensor's noise
+    image: np.ndarray = rng.standard_normal((*eosin.shape, 3), dtype=np.float32) * np.float32(1.6)  # the sensor's noise
     for channel in range(3):
         density = haematoxylin * np.float32(first[channel]) + eosin * np.float32(second[channel])
         image[..., channel] += np.float32(glass[channel]) * np.exp(-density)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    exposed: np.ndarray = np.clip(image + 0.5, 0, 255)
+    return exposed.astype(np.uint8)

@@ -40,7 +40,8 @@ def pad_to_stride(image: np.ndarray, stride: int) -> np.ndarray:
         return image
     rows = reflect_indices(height, padded_length(height, stride))
     columns = reflect_indices(width, padded_length(width, stride))
-    return image[rows][:, columns]
+    padded: np.ndarray = image[rows][:, columns]
+    return padded
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""setup.py: what HISTOSEG_CUDA asks for, and which flags nvcc gets."""
+"""setup.py: what HISTOSEG_CUDA and HISTOSEG_SANITIZE ask for, and which flags nvcc gets."""
 
 from __future__ import annotations
 
@@ -85,3 +85,14 @@ def test_architectures_are_those_nvcc_knows(build):
 def test_the_core_says_how_it_was_built():
     assert isinstance(_core.cuda_built, bool)
     assert _core.best_simd_level() in ("baseline", "avx2", "avx512")
+
+
+def test_sanitizers(build, monkeypatch):
+    monkeypatch.delenv("HISTOSEG_SANITIZE", raising=False)
+    assert build["sanitizer_flags"]() == []
+    for value, flag in (("address", "-fsanitize=address,undefined"), ("thread", "-fsanitize=thread")):
+        monkeypatch.setenv("HISTOSEG_SANITIZE", value)
+        assert flag in build["sanitizer_flags"]()
+    monkeypatch.setenv("HISTOSEG_SANITIZE", "memory")
+    with pytest.raises(SystemExit, match="use address or thread"):
+        build["sanitizer_flags"]()

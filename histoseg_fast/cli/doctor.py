@@ -40,8 +40,7 @@ def command(as_json: bool = typer.Option(False, "--json", help="Print the findin
 
 
 def _cpu() -> Finding:
-    from histoseg_fast.engines import cpu_precisions
-    from histoseg_fast.machine import available_cores, cpu_flags, cpu_name
+    from histoseg_fast.machine import available_cores, cpu_flags, cpu_name, cpu_precisions
 
     flags = ", ".join(sorted(cpu_flags())) or "no vector flags known"
     runs = ", ".join(cpu_precisions())

@@ -114,7 +114,8 @@ def run_tiled(engine: Engine, plan: Plan, image: np.ndarray, tile: int = MAX_TIL
         engine.submit(slot)
         engine.wait(slot)
         assert slot.logits is not None
-        return slot.logits[0]
+        logits: np.ndarray = slot.logits[0]
+        return logits
 
     with contextlib.closing(slot):
         return over_tiles(run, image, len(plan.palette.names), tile, plan.halo, plan.stride)

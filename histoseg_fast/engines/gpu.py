@@ -336,7 +336,7 @@ class GpuEngine(Engine):
                 f"{self.device} has not the memory for one tile of {w}x{h} pixels ({lack})",
                 fix="use a smaller --tile, or --device cpu",
             )
-        return tried == 1
+        return bool(tried == 1)
 
     def wait(self, slot: Slot) -> None:
         assert isinstance(slot, GpuSlot)

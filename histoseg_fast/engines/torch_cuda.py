@@ -39,7 +39,8 @@ class _Half(nn.Module):
                 last.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.network(x.half())
+        logits: torch.Tensor = self.network(x.half())
+        return logits
 
 
 class TorchMemory(Memory):
@@ -93,7 +94,7 @@ class TorchMemory(Memory):
         return stream.cuda_stream if self._cuda else 0
 
     def event(self) -> Any:
-        return torch.cuda.Event(blocking=True) if self._cuda else self._library.Event()
+        return self._library.Event(blocking=True) if self._cuda else self._library.Event()
 
     def record(self, event: Any, stream: Any) -> None:
         event.record(stream)
@@ -175,7 +176,8 @@ class TorchNetwork(Network):
 
     def _forward(self, rgb: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return self._module(rgb).contiguous()
+            logits: torch.Tensor = self._module(rgb)
+            return logits.contiguous()
 
     def _settings(self) -> Any:
         """cuDNN's settings for a run: "fp32" means it, and a shape gives the same bits every time."""
@@ -193,7 +195,8 @@ class TorchNetwork(Network):
 
 def _images(rgb: Block, shape: Shape) -> torch.Tensor:
     n, h, w = shape
-    return rgb.holder[: n * h * w * 3].view(n, h, w, 3)
+    images: torch.Tensor = rgb.holder[: n * h * w * 3].view(n, h, w, 3)
+    return images
 
 
 def _block(logits: torch.Tensor) -> Block:

@@ -67,7 +67,8 @@ class Scores:
     @property
     def confusion(self) -> np.ndarray:
         """Pooled confusion matrix, int64 (C, C)."""
-        return self.confusions.sum(0)
+        pooled: np.ndarray = self.confusions.sum(0)
+        return pooled
 
     @property
     def pixels(self) -> int:
@@ -185,7 +186,8 @@ def by_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+    ratio: np.ndarray = np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+    return ratio
 
 
 def _mean(values: np.ndarray) -> float:

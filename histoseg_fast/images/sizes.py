@@ -68,8 +68,8 @@ def _jpeg_pixels(raw: BinaryIO) -> int:
             position += 1 if code == 0xFF else 2
             continue
         if code in FRAMES:
-            _, height, width = struct.unpack(">BHH", raw.read(5))
-            return height * width
+            height, width = struct.unpack(">xHH", raw.read(5))
+            return int(height * width)
         position += 2 + length
     return 0
 

@@ -51,7 +51,7 @@ _SUPPORTED = {_NONE, _JPEG, _WEBP, *_CCITT, *_JPEG2000, *_BYTE_CODECS}
 _quieting = threading.Lock()
 
 
-def load_tifffile():
+def load_tifffile() -> Any:
     """tifffile, imported when the first TIFF is met, its log (it reports every odd tag) off the terminal."""
     import tifffile
 
@@ -191,9 +191,9 @@ class TiffSource(SegmentedSource):
         if size > most + ENCODED_BYTES:
             raise ValueError(f"a strip or tile claims {size:,} bytes, at most {most + ENCODED_BYTES:,} make sense")
         data = self._content.read(page.dataoffsets[index], size)
-        samples, _, _ = page.decode(self._unpacked(data), index, jpegtables=page.jpegtables)
-        assert samples is not None
-        samples = samples[0]
+        decoded, _, _ = page.decode(self._unpacked(data), index, jpegtables=page.jpegtables)
+        assert decoded is not None
+        samples: np.ndarray = decoded[0]
         if samples.dtype == bool:
             samples = samples.view(np.uint8)
         if samples.dtype != self._dtype or samples.shape[2] != self._channels:

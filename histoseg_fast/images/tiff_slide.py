@@ -27,7 +27,7 @@ _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,20})?)"
 
 def open_pages(content: Content) -> tifffile.TiffFile:
     """The directory of a TIFF. Raises any of `DECODE_ERRORS`."""
-    file = load_tifffile().TiffFile(content.stream)
+    file: tifffile.TiffFile = load_tifffile().TiffFile(content.stream)
     file.pages.first  # noqa: B018 - read here, where errors are expected
     return file
 

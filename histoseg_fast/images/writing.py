@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -27,6 +27,9 @@ from histoseg_fast.images.tiff_directory import (
     write_directory,
     write_header,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MASK_CHUNK_BYTES = 4 * 2**20
 """Rows of a mask are gathered to about this much before they are compressed."""
@@ -111,7 +114,7 @@ class BandWriter(abc.ABC):
                 ) from error
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -78,4 +78,4 @@ def head(arch: str, classes: int) -> tuple[Layer, ...]:
 
 def stride(arch: str) -> int:
     """Pixels of input to one cell of the deepest feature map; image sides are padded to a multiple of it."""
-    return 2 ** sum(layer.kind == "pool" for layer in features(arch))
+    return 1 << sum(layer.kind == "pool" for layer in features(arch))

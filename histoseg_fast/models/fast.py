@@ -61,7 +61,8 @@ class FastNetwork(Network):
         x = self.dropout(x)
         for up, decode, skip in zip(reversed(self.up), reversed(self.decode), reversed(skips), strict=True):
             x = decode(F.relu(F.interpolate(up(x), scale_factor=2.0, mode="nearest") + skip))
-        return self.shuffle(self.logits(x))
+        logits: torch.Tensor = self.shuffle(self.logits(x))
+        return logits
 
     def fold(self) -> FastNetwork:
         folded = FastNetwork(self.classes, folded=True).to(self.logits.weight)

@@ -57,7 +57,8 @@ class PaperNetwork(Network):
                 nn.init.constant_(module.bias, 0)  # type: ignore[arg-type] # every layer has one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x))
+        logits: torch.Tensor = self.head(self.features(x))
+        return logits
 
     def fold(self) -> PaperNetwork:
         folded = PaperNetwork(self.arch, self.classes).to(next(self.parameters()))
@@ -102,7 +103,8 @@ class UInt8Network(nn.Module):
         self.register_buffer("shift", shift.view(1, 3, 1, 1))
 
     def forward(self, rgb: torch.Tensor) -> torch.Tensor:
-        return self.network(self.normalise(rgb)).float()
+        logits: torch.Tensor = self.network(self.normalise(rgb))
+        return logits.float()
 
     def normalise(self, rgb: torch.Tensor) -> torch.Tensor:
         """What the network sees of uint8 RGB (N, H, W, 3): float32 (N, 3, H, W), of ImageNet's mean and deviation."""
@@ -228,7 +230,8 @@ def _imagenet() -> Mapping[str, torch.Tensor]:
     from torchvision.models import VGG16_Weights
 
     try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        return dict(weights)
     except (OSError, HTTPException) as error:  # no network, a server's error, no room in the cache folder
         raise UsageError(
             f"VGG16's ImageNet weights could not be downloaded ({error})",

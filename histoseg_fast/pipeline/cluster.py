@@ -127,7 +127,8 @@ class Cluster:
         """Start the first actor and wait for it. Raises as `open_cluster` does."""
         import ray
 
-        crew = Crew.fit([node["Resources"] for node in ray.nodes() if node["Alive"]], options)
+        nodes: Any = ray.nodes  # which has no types
+        crew = Crew.fit([node["Resources"] for node in nodes() if node["Alive"]], options)
         self.wanted = min(crew.actors, len(sources))
         with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)

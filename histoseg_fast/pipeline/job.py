@@ -129,7 +129,7 @@ class Job:
     @cached_property
     def rows(self) -> list[int]:
         """The rows of the grid that hold tissue; the others are neither read nor run."""
-        return np.flatnonzero(self.tissue_tiles.any(axis=1)).tolist()
+        return [int(row) for row in np.flatnonzero(self.tissue_tiles.any(axis=1))]
 
     @cached_property
     def glass_pixels(self) -> int:

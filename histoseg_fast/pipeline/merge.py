@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from histoseg_fast.errors import HistosegError, UsageError
 from histoseg_fast.files import BLOCK_BYTES, atomic_link, atomic_write
@@ -197,9 +197,9 @@ def place(source: Path, target: Path, sha256: str) -> str:
         if digest_of(path) != sha256:
             raise Damaged(f"{source} is not what the run wrote")
 
-    if target.is_file() and not target.is_symlink() and digest_of(target) == sha256:
+    if os.path.isfile(target) and not target.is_symlink() and digest_of(target) == sha256:
         return "kept"
-    if not source.is_file():
+    if not os.path.isfile(source):  # False as well where no file can have the name
         raise Damaged(f"{source} is missing")
     with contextlib.suppress(FileNotFoundError):  # gone just now; the copy says so
         if not source.is_symlink() and atomic_link(source, target, check):
@@ -220,7 +220,7 @@ def _copy(source: Path, target: Path, check: Callable[[Path], None]) -> None:
         check(Path(stream.name))
 
 
-def _read(reader: Any, source: Path) -> bytes:
+def _read(reader: BinaryIO, source: Path) -> bytes:
     try:
         return reader.read(BLOCK_BYTES)
     except OSError as error:

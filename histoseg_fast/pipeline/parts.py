@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast.errors import DataError, UsageError
+from histoseg_fast.images.source import MAX_SIDE
 from histoseg_fast.labels import MAX_CLASSES
 from histoseg_fast.pipeline.records import MANIFEST, RUN, read_entries, read_run, summary_row
 from histoseg_fast.pipeline.shards import MAX_SHARDS, Shard
@@ -86,8 +87,11 @@ def _is_count(value: object) -> bool:
 def check_line(entry: Entry, classes: Sequence[str]) -> None:
     """Raises LookupError, TypeError, ValueError or ArithmeticError where the line of a done image makes no sense."""
     summary_row(entry, classes)
-    if not all(_is_count(entry[name]) for name in ("width", "height", "glass_pixels")):
+    width, height, glass = (entry[name] for name in ("width", "height", "glass_pixels"))
+    if not (_is_count(width) and _is_count(height) and _is_count(glass) and max(width, height) <= MAX_SIDE):
         raise ValueError("a size is no number of pixels")
+    if glass > width * height:
+        raise ValueError("more pixels are glass than there are")
 
 
 def check_parts(parts: Sequence[Part]) -> None:

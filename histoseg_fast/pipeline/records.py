@@ -106,7 +106,8 @@ class Entries(Mapping[str, dict[str, Any]]):
         start, size = self._places[name]
         with self._lock:
             self._stream.seek(start)
-            return json.loads(self._stream.read(size))
+            entry: dict[str, Any] = json.loads(self._stream.read(size))
+        return entry
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -139,8 +140,15 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[dict[str, Any] | None, int]]
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(line)
             if isinstance(found, dict) and isinstance(found.get("input"), str):
+                if b"\\u" in line or not line.isascii():
+                    _check_text(found)
                 entry = found
         yield entry, len(line)
+
+
+def _check_text(values: Any) -> None:
+    """ValueError where a text in JSON `values` is none that a file system has: half of a surrogate pair."""
+    json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 
 def lock_folder(out: Path) -> tuple[io.IOBase, bool]:
@@ -234,6 +242,7 @@ def read_run(out: Path) -> dict[str, Any]:
     path = out / RUN
     try:
         record = json.loads(path.read_bytes())
+        _check_text(record)
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError):

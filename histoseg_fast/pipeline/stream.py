@@ -145,7 +145,7 @@ class Stream:
             thread.join(0.1)
             poll()
 
-    def _put(self, target: queue.Queue, item: Any) -> None:
+    def _put(self, target: queue.Queue[Any], item: Any) -> None:
         while True:
             try:
                 return target.put(item, timeout=0.2)
@@ -268,9 +268,9 @@ class Stream:
             for job, band in bands:
                 self._put(self._queue(job), (job, band))
 
-    def _queue(self, job: Job) -> queue.Queue:
-        """All bands of an image go to one writer, in order: at the first to the one that has the
-        fewest images, of several to the one that last finished one: no slow image holds up those of other writers.
+    def _queue(self, job: Job) -> queue.Queue[Any]:
+        """All bands of an image go to one writer, in order: to that with the fewest images when the first comes, of
+        several to the one that last finished one, so that no slow image holds up those of other writers.
         """
         with self._lock:
             if job.writer is None:

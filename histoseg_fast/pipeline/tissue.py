@@ -108,7 +108,7 @@ def white_level(rgb: np.ndarray) -> float:
 
 def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
     """`mask` and all within `radius` pixels of it, along both axes (a square)."""
-    grown = mask.copy()
+    grown: np.ndarray = mask.copy()
     for view in (grown, grown.T):
         reach = 0
         while reach < radius:

@@ -165,7 +165,8 @@ def _mean(rgb: np.ndarray, factor: int) -> np.ndarray:
     if factor == 1:
         return rgb
     counts = block_sums(np.ones((*rgb.shape[:2], 1), np.uint8), factor)
-    return ((block_sums(rgb, factor) + counts // 2) // counts).astype(np.uint8)
+    means: np.ndarray = (block_sums(rgb, factor) + counts // 2) // counts
+    return means.astype(np.uint8)
 
 
 def _majority(palette: Palette) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -182,7 +183,8 @@ def majority(ids: np.ndarray, factor: int, classes: int) -> np.ndarray:
     if factor == 1:
         return ids
     counts = [block_sums((ids == i).view(np.uint8)[..., None], factor)[..., 0] for i in range(classes)]
-    return np.argmax(counts, axis=0).astype(np.uint8)
+    winners: np.ndarray = np.argmax(counts, axis=0)
+    return winners.astype(np.uint8)
 
 
 def _fit(

@@ -83,7 +83,8 @@ def jitter_stain(rgb: np.ndarray, strength: float, rng: np.random.Generator) -> 
     stains = density.reshape(-1, 3) @ HED_INVERSE
     # Glass has no stain to shift: the shift fades in with what is there.
     stains = stains * gain + shift * np.minimum(np.abs(stains) * 5, 1)
-    return np.clip(np.exp(-(stains @ HED)) * 256 - 1 + 0.5, 0, 255).astype(np.uint8).reshape(rgb.shape)
+    shifted: np.ndarray = np.clip(np.exp(-(stains @ HED)) * 256 - 1 + 0.5, 0, 255)
+    return shifted.astype(np.uint8).reshape(rgb.shape)
 
 
 def jitter_colour(rgb: np.ndarray, colour: float, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -96,4 +97,5 @@ def jitter_colour(rgb: np.ndarray, colour: float, noise: float, rng: np.random.G
         image = (image - mean) * contrast + mean + 255 * 0.5 * brightness.astype(np.float32)
     if noise:
         image = image + rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0, noise)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    jittered: np.ndarray = np.clip(image + 0.5, 0, 255)
+    return jittered.astype(np.uint8)

@@ -18,7 +18,7 @@ CACHE_BYTES = 2 << 30
 """Decoded pairs are kept in memory up to this many bytes; beyond it they are decoded again when drawn."""
 
 
-class CropDataset(Dataset):
+class CropDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Random square crops, augmented: item i of epoch e is the same on every run with the same seed.
 
     An epoch draws from every image, in each of its three mirrorings, as many crops as cover its area once.

@@ -254,7 +254,7 @@ class _Run:
                 logits = self.step_function(rgb)
                 teacher = self._teach(rgb)
             loss = self.loss(logits, ids, teacher) * share
-            loss.backward()
+            torch.autograd.backward(loss)
             value = loss.item()
         self.processes.sum_gradients(self.network.parameters())
         if self.options.clip:
@@ -295,7 +295,9 @@ class _Run:
         """Logits float32 (C, H, W) of a whole image; a large one goes through the network in tiles, to the same end."""
 
         def run(tile: np.ndarray) -> np.ndarray:
-            return self.model.eval()(torch.tensor(tile)[None].to(self.device))[0].float().cpu().numpy()
+            logits: torch.Tensor = self.model.eval()(torch.tensor(tile)[None].to(self.device))[0]
+            result: np.ndarray = logits.float().cpu().numpy()
+            return result
 
         whole = rgb.shape[0] * rgb.shape[1] <= VALIDATED_WHOLE
         tile, halo = (MAX_TILE, 0) if whole else (VALIDATION_TILE, self._halo)

@@ -30,8 +30,8 @@ class TrainingOptions:
     clip : the gradient's norm is scaled down to this (0: never).
     extra : more data folders whose train splits are trained on, each with the scale its images are resized by.
     batch_norm : train the paper's networks with batch norms, which compiling folds away.
-    freeze_norms : from this epoch on batch norms keep their averaged statistics, as in evaluation, so
-        that nothing is learned from what else is in a batch (0: never).
+    freeze_norms : from this epoch on batch norms keep the averaged statistics they have, in training as in evaluation,
+        so that nothing is learned from what else is in a batch (0: never).
     teacher : checkpoint or plan of the network whose logits the loss term "distil" compares with ("": none).
     palette : classes and the colours they have in label images.
     precision : "bf16" runs the convolutions under autocast; "auto" takes it where the device is fast at it.
@@ -82,7 +82,7 @@ class TrainingOptions:
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values for checkpoints and plans; of files and folders only the names."""
-        values = json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         values["weights"], values["teacher"] = Path(self.weights).name, Path(self.teacher).name
         values["extra"] = [[Path(folder).name, scale] for folder, scale in self.extra]
         return values

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+Item = TypeVar("Item")
 
 
 class Processes:
@@ -34,7 +37,7 @@ class Processes:
         """Whether this process writes and talks."""
         return self.rank == 0
 
-    def share(self, items: list) -> list:
+    def share(self, items: list[Item]) -> list[Item]:
         """This process's part of `items`; the parts of all are disjoint and complete."""
         return items[self.rank :: self.count]
 
@@ -42,11 +45,11 @@ class Processes:
         """Add up the gradients of all processes, one transfer for the whole network."""
         if self.count == 1:
             return
-        parameters = [p for p in parameters if p.requires_grad]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        trained = [p for p in parameters if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
-        for parameter, grad, part in zip(parameters, grads, flat.split([g.numel() for g in grads]), strict=True):
+        for parameter, grad, part in zip(trained, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
             parameter.grad = torch.empty_like(grad).copy_(part.view_as(grad))  # in the layout it had
 
     def mean_buffers(self, module: torch.nn.Module) -> None:

@@ -106,7 +106,7 @@ def read_info(values: object) -> EngineInfo:
     capability, agreement, counts = values.get("capability"), known["agreement"], known["convolutions"]
     if not (_integers(capability, 2) and type(known["size"]) is int and type(known["version_compatible"]) is bool):
         raise ValueError("no valid 'capability', 'size' or 'version_compatible'")
-    if not (agreement is None or (type(agreement) in (int, float) and 0 <= agreement <= 1)):  # type: ignore[operator]
+    if not (agreement is None or (type(agreement) in (int, float) and 0 <= agreement <= 1)):
         raise ValueError("no valid 'agreement'")
     if not (isinstance(counts, dict) and all(type(n) is int for n in counts.values())):
         raise ValueError("no valid 'convolutions'")

@@ -80,7 +80,8 @@ class PycudaMemory(Memory):
 
     def pinned(self, size: int) -> np.ndarray:
         try:
-            return self._cuda.pagelocked_empty(size, np.uint8)
+            array: np.ndarray = self._cuda.pagelocked_empty(size, np.uint8)
+            return array
         except self._cuda.MemoryError as error:
             reason = f"no {size >> 20} MiB of page-locked memory are to be had"
             raise EngineError(reason, fix="use a smaller --batch or --tile") from error
@@ -102,7 +103,7 @@ class PycudaMemory(Memory):
         return self._cuda.Stream(NON_BLOCKING)
 
     def handle(self, stream: Any) -> int:
-        return stream.handle
+        return int(stream.handle)
 
     def event(self) -> Any:
         flags = self._cuda.event_flags

@@ -124,15 +124,18 @@ def _scale(limit: np.ndarray, precision: str) -> np.ndarray:
     exact = limit / LARGEST[precision]
     with np.errstate(over="ignore", under="ignore"):
         scale = exact.astype(np.float16)
-        return np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
+        above: np.ndarray = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
+    return above
 
 
 def _eight_bits(values: np.ndarray, precision: str) -> np.ndarray:
     """`values` rounded to the nearest, ties to even, and cut at the largest."""
-    cut = np.clip(values, -LARGEST[precision], LARGEST[precision])
+    cut: np.ndarray = np.clip(values, -LARGEST[precision], LARGEST[precision])
     if precision == "int8":
-        return np.rint(cut).astype(np.int8)
+        whole: np.ndarray = np.rint(cut)
+        return whole.astype(np.int8)
     need("tensorrt", "ml_dtypes")
     from ml_dtypes import float8_e4m3fn
 
-    return cut.astype(np.float32).astype(float8_e4m3fn)
+    rounded: np.ndarray = cut.astype(np.float32).astype(float8_e4m3fn)
+    return rounded

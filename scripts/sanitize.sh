@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The tests of the C++ core with the core under gcc's sanitizers (Linux), built aside into build/sanitize.
+#
+#   scripts/sanitize.sh address|thread [PYTHON] [ARGUMENTS OF PYTEST...]
+#
+# address: AddressSanitizer and UBSan; thread: ThreadSanitizer. PYTHON needs the test extra; by default .venv's. Python
+# itself is not instrumented, so what is found is the core's. Leaks are not looked for: Python frees little at its end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=${1:?address or thread}
+python=$(command -v "${2:-.venv/bin/python}")
+shift $(($# < 2 ? $# : 2))
+lib=$PWD/build/sanitize/$kind
+HISTOSEG_SANITIZE=$kind HISTOSEG_CUDA=0 "$python" setup.py -q build --build-temp "$lib.objects" --build-lib "$lib"
+
+case $kind in
+    address) runtime=libasan.so ;;
+    thread) runtime=libtsan.so ;;
+esac
+tests=(tests/test_{labels,stitch,tiling,outlines,crf,regions,overlay,postprocess}.py tests/cuda/test_threads.py
+    tests/images/test_{png_filters,resample,geojson,pyramid}.py)
+if [ "$kind" = address ]; then
+    tests+=(tests/fuzz/test_fuzz.py)
+fi
+# The runtime has to be the first library, with libstdc++ right behind, or it does not see exceptions being thrown.
+preload="$(gcc -print-file-name="$runtime") $(gcc -print-file-name=libstdc++.so.6)"
+export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONPATH=$lib:$PWD/tests PYTHONMALLOC=malloc HISTOSEG_SANITIZE=$kind
+# Without randomised addresses: newer kernels use more bits for them than ThreadSanitizer knows of.
+exec setarch -R env LD_PRELOAD="$preload" "$python" -c 'import sys; sys.path.remove(""); import pytest; sys.exit(pytest.main())' \
+    -p sanitized -p no:cacheprovider -m "not slow" -k "not checkpoint" "${tests[@]}" "$@"
