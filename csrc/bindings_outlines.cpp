@@ -13,7 +13,8 @@ namespace {
 class PyOutlines {
 public:
     PyOutlines(std::int64_t width, std::int64_t min_area, bool simplify, std::pair<double, double> scale)
-        : tracer_(checked_width(width), {checked_area(min_area), simplify}), scale_{checked_scale(scale.first), checked_scale(scale.second)} {}
+        : tracer_(checked_width(width), {checked_area(min_area), simplify}),
+          scale_{checked_scale(scale.first), checked_scale(scale.second)} {}
 
     py::list add_rows(const py::object& object) {
         const auto ids = checked<std::uint8_t>(object, "ids", 2);
@@ -92,8 +93,8 @@ void bind_outlines(py::module_& m) {
                            "(down, across). "
                            "Without those, and without holes, of fewer than min_area pixels. simplify: by up to half "
                            "a pixel, no pixel's centre changes sides; else along pixel edges. For one thread at a time.")
-        .def(py::init<std::int64_t, std::int64_t, bool, std::pair<double, double>>(), "width"_a, "min_area"_a, "simplify"_a,
-             "scale"_a = std::make_pair(1.0, 1.0))
+        .def(py::init<std::int64_t, std::int64_t, bool, std::pair<double, double>>(), "width"_a, "min_area"_a,
+             "simplify"_a, "scale"_a = std::make_pair(1.0, 1.0))
         .def("add_rows", &PyOutlines::add_rows, "ids"_a,
              "Takes the next rows, uint8 (h, width); the pieces that ended, the same for any cut into bands.")
         .def("finish", &PyOutlines::finish, "Ends the image; all other pieces.");

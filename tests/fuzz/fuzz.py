@@ -26,7 +26,7 @@ CPU_SECONDS, WALL_SECONDS = 10.0, 300
 SHARE_THAT_KNOWS = 0.5
 """Of the mutations, those that know the format; the others are libFuzzer's."""
 NAMES = ("plan", "manifest", "model", "labels", "png", "jpeg", "tiff", "slide", "records", "checkpoint")
-INSTRUMENTED = ["histoseg_fast", "tifffile", "zipfile"]
+INSTRUMENTED = ["histoseg_fast", "tifffile"]
 
 
 def main(arguments: Sequence[str]) -> None:
