@@ -159,7 +159,7 @@ def label_seeds() -> Iterator[bytes]:
 def lower_limits(patch: pytest.MonkeyPatch) -> None:
     """OpenSlide, which runs in processes of its own, is left out as well."""
 
-    def refuse(path: object) -> Any:
+    def refuse(path: object, content: object = None) -> Any:
         raise ImageError("OpenSlide is left out", where=str(path))
 
     for module, name in ((png, "MAX_DECODED_PIXELS"), (jpeg, "MAX_DECODED_PIXELS"), (tiff, "MAX_PIXELS")):
