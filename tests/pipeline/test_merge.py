@@ -422,7 +422,7 @@ def test_a_killed_merge_leaves_a_folder_that_the_next_one_takes(shards, made, tm
         pass
 
     def kill(*_: object) -> None:
-        (out / "masks" / ".a.png.1-1.partial").write_bytes(b"half")
+        (out / "masks" / ".a.png.0123456789abcdef.partial").write_bytes(b"half")
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
