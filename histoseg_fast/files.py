@@ -63,11 +63,11 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
 
 
 def probe(path: str | os.PathLike[str]) -> None:
-    """Raise what `atomic_write` would on opening `path`, before the work whose result goes there; leaves no file."""
+    """Raise what `atomic_write` would on opening `path`, before the work whose result goes there; leaves nothing."""
     target = Path(path)
     refuse_irregular(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(target)
+    folder = next(parent for parent in target.absolute().parents if os.path.lexists(parent))  # others would be made
+    partial = _partial(folder / target.name)
     open(partial, "xb").close()
     os.unlink(partial)
 

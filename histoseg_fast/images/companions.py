@@ -59,7 +59,7 @@ class Folders:
         if folder not in self._files:
             try:
                 with os.scandir(folder) as entries:
-                    self._files[folder] = sorted(folder / entry.name for entry in entries if entry.is_file())
+                    self._files[folder] = sorted(folder / entry.name for entry in entries if _is_file(entry))
             except OSError:
                 self._files[folder] = []
         return self._files[folder]
@@ -111,3 +111,10 @@ def _series(path: Path, size: int, modified: int) -> str | None:
                 return None
     except (*DECODE_ERRORS, ImportError):
         return None
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False

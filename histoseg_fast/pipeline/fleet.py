@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -62,8 +63,14 @@ class FleetStream:
         finally:
             cluster.close()
             if cluster.lost or not ended:
-                clear_partials(self.outputs.folder)
+                self._clear()
         return self.totals
+
+    def _clear(self) -> None:
+        """Remove what actors that are gone left half-written, where no other run can be in the folder."""
+        if self._manifest.locked:
+            with contextlib.suppress(OSError):  # what ended the run is what is told
+                clear_partials(self.outputs.folder)
 
     def stop(self) -> None:
         """Take no new image, give up those of more than one band, finish what is in flight. For signal handlers too."""

@@ -33,22 +33,28 @@ class Manifest:
         self.path = out / MANIFEST
         out.mkdir(parents=True, exist_ok=True)
         refuse_irregular(self.path)
-        self._lock_file, locked = lock_folder(out)
-        if not locked:
+        self._lock_file, self.locked = lock_folder(out)
+        if not self.locked:
             report(f"{out}: this file system cannot lock; let no two runs write there at once")
         self._lock = threading.Lock()
-        self._stream = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+        self._stream = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self.entries = Entries(self.path)
         self._stream.truncate(self.entries.size)
-        if locked:
+        if self.locked:
             clear_partials(out)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append the line of one image; it is in the file when this returns. ImageError where that cannot be."""
         line = (json.dumps(entry, ensure_ascii=True) + "\n").encode("ascii")
         with self._lock, writing(self.path):
-            self._stream.write(line)
-            self._stream.flush()
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._stream.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line would become part of the next
+                    self._stream.truncate(self.entries.size)
+                raise
             self.entries.note(entry["input"], len(line))
 
     def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:

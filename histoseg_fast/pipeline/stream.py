@@ -84,6 +84,7 @@ class Stream:
         self._order = list(range(writers))
         self._stop, self._dead = threading.Event(), threading.Event()
         self._lock, self._big, self._taking = threading.Lock(), threading.Lock(), threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._readers = [self._thread(self._read_images, f"reader-{i}") for i in range(readers)]
         self._stitcher = self._thread(self._stitch_batches, "stitcher")
         self._writers = [self._thread(self._write_bands, f"writer-{i}", i) for i in range(writers)]
@@ -205,7 +206,7 @@ class Stream:
                 job.look_for_glass()
         if not job.rows:
             job.image.close()
-            return self._put(self._queue(job), (job, job.glass_band()))
+            return self._hand_over(job, job.glass_band())
         if len(grid.columns) == 1:
             for row in job.rows:
                 if self._given_up(job):
@@ -266,21 +267,29 @@ class Stream:
                     bands.append((tile.job, band))
             self._ring.release(batch)
             for job, band in bands:
-                self._put(self._queue(job), (job, band))
+                self._hand_over(job, band)
 
-    def _queue(self, job: Job) -> queue.Queue[Any]:
-        """All bands of an image go to one writer, in order: to that with the fewest images when the first comes, of
-        several to the one that last finished one, so that no slow image holds up those of other writers.
+    def _hand_over(self, job: Job, band: Band | None) -> None:
+        """Put a band, or None for an image that failed, into a writer's queue: all of an image into the same, in order.
+
+        At the first it is that of the writers with room that has the fewest images, of several the one that last
+        finished one: while one writer is busy with a slow image, the others go on.
         """
-        with self._lock:
-            if job.writer is None:
-                job.writer = min(self._order, key=lambda i: len(self._open[i]))
-                self._open[job.writer].add(job.number)
-            return self._queues[job.writer]
+        with self._room:
+            while job.writer is None:
+                place = min(self._order, key=lambda i: (self._queues[i].full(), len(self._open[i])))
+                if self._dead.is_set():
+                    raise Stopped
+                if self._queues[place].full():
+                    self._room.wait(0.2)
+                    continue
+                job.writer = place
+                self._open[place].add(job.number)
+        self._put(self._queues[job.writer], (job, band))
 
     def _fail(self, job: Job, error: HistosegError) -> None:
         if job.fail(error):
-            self._put(self._queue(job), (job, None))
+            self._hand_over(job, None)
 
     # -- writers ---------------------------------------------------------------------------------------
 
@@ -292,6 +301,8 @@ class Stream:
                     item = waiting.get(timeout=0.2)
                 except queue.Empty:
                     continue
+                with self._room:
+                    self._room.notify_all()
                 if item is None:
                     return
                 job, band = item

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,7 @@ def test_a_slow_image_holds_up_its_own_writer_only(tmp_path: Path, monkeypatch: 
     def slow(job: Job) -> dict[str, object]:
         if job.number == 0:
             assert passed.wait(PATIENCE), "the others wait for it"
+        time.sleep(0.02)  # so that queues fill before any image is over
         entry = finish_job(job)
         order.append(job.number)
         if len(order) == 11 - QUEUED_BANDS:

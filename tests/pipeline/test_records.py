@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import FakeEngine, entries, make_pictures, partials, results, run_stream
 
-from histoseg_fast.errors import UsageError
+from histoseg_fast.errors import ImageError, UsageError
 from histoseg_fast.files import atomic_write
 from histoseg_fast.pipeline.records import (
     Manifest,
@@ -290,3 +290,26 @@ def test_where_nothing_can_be_locked_it_is_said_and_nothing_removed(
 def test_a_pipe_in_a_masks_place_is_no_intact_output(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     assert digest_of(tmp_path / "a.png") is None
+
+
+def test_a_line_that_could_not_be_written_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk takes half a line, then there is room again."""
+    manifest = Manifest(tmp_path)
+    manifest.add({"input": "a"})
+    stream = manifest._stream
+
+    class Full:
+        def write(self, data: memoryview) -> int:
+            stream.write(data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(stream, name)
+
+    with monkeypatch.context() as patch, pytest.raises(ImageError, match="No space left"):
+        patch.setattr(manifest, "_stream", Full())
+        manifest.add({"input": "lost"})
+    manifest.add({"input": "b", "x": 1})
+    assert manifest.entries["b"] == {"input": "b", "x": 1} and list(manifest.entries) == ["a", "b"]
+    manifest.close()
+    assert (tmp_path / "manifest.jsonl").read_text() == '{"input": "a"}\n{"input": "b", "x": 1}\n'
