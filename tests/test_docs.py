@@ -125,8 +125,9 @@ def test_no_page_names_an_option_that_is_not_there(name: str) -> None:
 
 @cache
 def script_options() -> set[str]:
-    """Options of the scripts in benchmarks/."""
-    scripts = (path.read_text("utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    """Options of the scripts in benchmarks/ and of the fuzzer."""
+    files = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "fuzz" / "fuzz.py"]
+    scripts = (path.read_text("utf-8") for path in files)
     return {option for script in scripts for option in re.findall(r'add_argument\("(--[\w-]+)"', script)}
 
 

@@ -142,7 +142,7 @@ def test_the_key_covers_plan_and_options() -> None:
 def test_the_manifest_closes_on_a_full_disk(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     manifest._stream.close()
-    manifest._stream = open("/dev/full", "wb")  # noqa: SIM115
+    manifest._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):
         manifest.add({"input": "a", "status": "done"})
     manifest.close()
