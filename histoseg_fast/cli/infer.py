@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from histoseg_fast.cli import log
+from histoseg_fast.cli.checks import refuse
 from histoseg_fast.cli.progress import Display, in_words
 from histoseg_fast.errors import UsageError, one_line
 
@@ -71,8 +72,8 @@ def command(
     if log_format not in log.FORMATS:
         raise UsageError(f"unknown format {log_format!r}", where="--log-format", fix="choose text or json")
     log.use(log_format)
-    if not geojson and (min_area is not None or exact_outlines):
-        raise UsageError("--min-area and --exact-outlines are about outlines", fix="add --geojson")
+    if not geojson:
+        refuse({"--min-area": min_area is not None, "--exact-outlines": exact_outlines}, "--geojson")
     if no_tissue_mask and tissue_threshold != TISSUE_THRESHOLD:
         raise UsageError("--tissue-threshold is of the tissue mask", fix="leave out it or --no-tissue-mask")
     outlines = OutlineOptions(MIN_AREA if min_area is None else min_area, exact_outlines) if geojson else None
