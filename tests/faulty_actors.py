@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,17 @@ class Dying(Actor):
         if path.stem == "once" and not path.with_suffix(".died").exists():
             path.with_suffix(".died").touch()
             os._exit(1)
+        return await super().segment(order)
+
+
+class Holding(Actor):
+    """The first to be given an image called held never answers; the next does it."""
+
+    async def segment(self, order: Order) -> Answer:
+        path = Path(order.source.path)
+        if path.stem == "held" and not path.with_suffix(".seen").exists():
+            path.with_suffix(".seen").touch()
+            await asyncio.Event().wait()
         return await super().segment(order)
 
 

@@ -11,7 +11,7 @@ import tifffile
 from data_folders import easy_pair, write_folder
 
 from histoseg_fast.data import PROBLEMS_SHOWN, Pair, check_pairs, find_pairs, load_pair
-from histoseg_fast.errors import DataError, ImageError, LabelError
+from histoseg_fast.errors import DataError, ImageError, LabelError, UsageError
 from histoseg_fast.images import write_png
 from histoseg_fast.labels import Palette, encode
 
@@ -125,7 +125,9 @@ def test_many_problems_are_counted_and_cut(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    message = refused(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"nowhere: no such folder$"):
+        find_pairs(tmp_path / "nowhere")
+    message = refused(tmp_path)
     assert "images/: no such folder" in message and "labels/: no such folder" in message
     (tmp_path / "labels").mkdir()
     assert "1 problem(s) in this data folder: images/: no such folder" in refused(tmp_path)
