@@ -30,7 +30,7 @@ def command(
     told, code = [], 0
     for name in SHIPPED:
         results = out / name
-        ended = infer.run([folder or str(fields)], name, results, InferOptions(overlay=True))
+        ended = infer.run([folder or str(fields)], name, str(results), InferOptions(overlay=True))
         if ended >= 128:
             return ended
         code = code or ended

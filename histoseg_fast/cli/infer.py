@@ -22,9 +22,9 @@ TISSUE_THRESHOLD = 0.03
 
 
 def command(
-    inputs: list[str] = typer.Argument(..., metavar="INPUT...", help="Images, folders (recursive) or glob patterns."),
+    inputs: list[str] = typer.Argument(..., metavar="INPUT...", help="Images, folders (recursive), patterns, or URLs."),
     engine: str = typer.Option("fast", help="A plan file, or a shipped plan: fast, or final (the paper's)."),
-    out: Path = typer.Option(Path("out"), help="Folder for masks/, summary.csv, manifest.jsonl and run.json."),
+    out: str = typer.Option("out", help="Folder, or URL, for masks/, summary.csv, manifest.jsonl and run.json."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 or several: cuda:0,1."),
     precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on GPUs fp16, fp32, int8 or fp8."),
     tile: int = typer.Option(0, min=0, help="Tile size in pixels, halo included (0: the plan's)."),
@@ -89,7 +89,7 @@ def command(
     return run(inputs, engine, out, options, metrics)
 
 
-def run(inputs: Sequence[str], engine: str, out: Path, options: InferOptions, metrics: Path | None = None) -> int:
+def run(inputs: Sequence[str], engine: str, out: str, options: InferOptions, metrics: Path | None = None) -> int:
     """Segment `inputs` with the plan `engine` into `out`, telling how it goes; the exit code.
 
     metrics : where to write figures for Prometheus, None for nowhere.
@@ -124,11 +124,11 @@ def run(inputs: Sequence[str], engine: str, out: Path, options: InferOptions, me
     text = (
         f"{totals.done} done, {totals.failed} failed, {totals.skipped} skipped; "
         f"{in_words(rates)}; {record['plan']} plan on {record['device']}, "
-        f"{record['engine']}, {record['precision']}; results in {one_line(str(out))}"
+        f"{record['engine']}, {record['precision']}; results in {one_line(out)}"
     )
     if log.as_json():
         figures = {name: value for name, value in record.items() if name not in ("arguments", "versions")}
-        log.write("info", "summary", text, **figures, **rates, out=str(out), exit_code=code)
+        log.write("info", "summary", text, **figures, **rates, out=out, exit_code=code)
     else:
         print(text)
     return code

@@ -8,15 +8,16 @@ import os
 import platform
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from histoseg_fast import __version__
-from histoseg_fast.errors import UsageError
+from histoseg_fast.errors import HistosegError, UsageError
 from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import is_complete
+from histoseg_fast.pipeline.remote import Staging
 from histoseg_fast.pipeline.run import (
     CPU_STREAMS,
     InferOptions,
@@ -36,15 +37,16 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What actors have to know. cwd : the driver's, which relative paths start from. first : an input that must be in
-    sight. version : the driver's.
+    """What actors have to know. out : a folder, or a URL. cwd : the driver's, which relative paths start from. shared :
+    an input that must be in sight, if any is a file. urls : one, if any input is behind one. version : the driver's.
     """
 
     plan: Plan
     options: InferOptions
-    out: Path
+    out: str
     cwd: str
-    first: Path
+    shared: list[Path]
+    urls: list[str]
     version: str = __version__
 
 
@@ -94,6 +96,7 @@ class Actor:
         self._lines: list[str] = []
         self._fatal: BaseException | None = None
         self._over = False
+        self._held = contextlib.ExitStack()
 
     async def start(self, setup: Setup, mark: str) -> Started:
         """Open the engine and start the stream; `mark` is a file to leave in `out`, by which the driver sees that they
@@ -111,12 +114,16 @@ class Actor:
         name = order.source.name
         self._before[name] = order.before
         waiting = self._waiting[name] = self._loop.create_future()
-        self._orders.put(order.source)
+        self._orders.put(self._staging.copies.begin(order.source))
         return Answer(await waiting, self._take_lines())
 
     async def stop(self) -> None:
         """Take no new image, give up those of more than one band, finish what is in flight."""
         self._stream.stop()
+
+    async def close(self) -> None:
+        """Leave nothing behind on this machine."""
+        self._held.close()
 
     def _take_lines(self) -> list[str]:
         lines, self._lines[:] = self._lines[:], []
@@ -132,12 +139,17 @@ class Actor:
         with contextlib.suppress(OSError):  # then it is of no use: what is not there is told below
             os.chdir(setup.cwd)
         try:
-            os.lstat(setup.first)
-            setup.out.joinpath(mark).touch()
+            for path in setup.shared:
+                os.lstat(path)
+            self._staging = self._held.enter_context(Staging.open(setup.urls, setup.out))
+            if self._staging.remote is None:
+                self._staging.folder.joinpath(mark).touch()
         except OSError as error:
+            if isinstance(error, HistosegError):
+                raise
             told = f"is not to be had on {host}: {error.strerror or error}"
             raise UsageError(told, where=error.filename, fix=SHARE) from error
-        outputs = make_outputs(setup.plan, setup.options, setup.out, Outputs)
+        outputs = make_outputs(setup.plan, setup.options, self._staging.folder, Outputs, self._staging.remote)
         engine = open_stream_engine(setup.plan, CPU_STREAMS, setup.options, self._lines.append)
         progress = Progress(image=self._settle)
         self._stream = make_stream(engine, setup.plan, self._sources(), outputs, self, setup.options, progress)
@@ -165,9 +177,11 @@ class Actor:
     def _settle(self, entry: Entry) -> None:
         self._loop.call_soon_threadsafe(self._answer, entry)
 
-    def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str], /) -> bool:
+    def complete(
+        self, name: str, sha256: str, key: str, paths: Mapping[str, str], digest: Callable[[str], str | None], /
+    ) -> bool:
         """As `is_complete` has it, by the line that came with the order."""
-        return is_complete(self._before[name], sha256, key, out, paths)
+        return is_complete(self._before[name], sha256, key, paths, digest)
 
     def add(self, entry: Entry, /) -> None:
         """Nothing: the driver keeps the manifest."""
@@ -175,6 +189,7 @@ class Actor:
     # -- on the loop -----------------------------------------------------------------------------------
 
     def _answer(self, entry: Entry) -> None:
+        self._staging.copies.over(entry)
         del self._before[entry["input"]]
         self._waiting.pop(entry["input"]).set_result(entry)
 

@@ -20,6 +20,7 @@ from histoseg_fast.extras import need
 from histoseg_fast.files import TEMPORARY_SUFFIX
 from histoseg_fast.pipeline.actor import SHARE, Actor, Answer, Order, Setup, Started
 from histoseg_fast.pipeline.records import writing
+from histoseg_fast.pipeline.remote import Staging
 from histoseg_fast.pipeline.run import InferOptions
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.plan import Plan
@@ -29,6 +30,7 @@ START_TRIES = 3
 PATIENCE_SECONDS = 10.0
 """After so long a line says what the start waits for."""
 CONNECT_SECONDS = 10.0
+FAREWELL_SECONDS = 5.0
 ADDRESS, USAGE_STATS = "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"
 
 
@@ -115,8 +117,8 @@ class Cluster:
     has, and all others get. key : as of `Stream`. lost : whether any died.
     """
 
-    def __init__(self, out: Path, report: Callable[[str], None]):
-        self._out, self._report = out, report
+    def __init__(self, staging: Staging, report: Callable[[str], None]):
+        self._staging, self._report = staging, report
         self.members: list[Member] = []
         self.wanted, self.key, self.lost = 0, "", False
         self._marks: set[Path] = set()
@@ -130,10 +132,14 @@ class Cluster:
         nodes: Any = ray.nodes  # which has no types
         crew = Crew.fit([node["Resources"] for node in nodes() if node["Alive"]], options)
         self.wanted = min(crew.actors, len(sources))
-        with writing(self._out):
-            self._out.mkdir(parents=True, exist_ok=True)
+        folder, remote = self._staging.folder, self._staging.remote
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         options = replace(options, device="cuda" if crew.gpus else "cpu", threads=crew.threads)
-        setup = Setup(plan, options, self._out, os.getcwd(), sources[0].path)
+        shared = [source.path for source in sources if not source.url][:1]
+        urls = [source.url for source in sources if source.url][:1]
+        out = os.fspath(folder) if remote is None else remote.url
+        setup = Setup(plan, options, out, os.getcwd(), shared, urls)
         self._setup = ray.put(setup)
         self._actor: Any = ray.remote(Actor).options(
             num_cpus=crew.threads, num_gpus=crew.gpus, max_restarts=0, max_task_retries=0
@@ -158,7 +164,7 @@ class Cluster:
 
     def hire(self) -> None:
         """Start an actor; it is ready when `arrive` can take it in."""
-        mark = self._out / f".{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
+        mark = self._staging.folder / f".{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
         handle = self._actor.remote()
         self._marks.add(mark)
         self.members.append(Member(handle, mark, handle.start.remote(self._setup, mark.name)))
@@ -179,10 +185,11 @@ class Cluster:
         """
         started: Started = self._get(member.starting)
         try:
-            member.mark.unlink()
+            if self._staging.remote is None:
+                member.mark.unlink()
             self._marks.remove(member.mark)
         except FileNotFoundError:
-            raise UsageError(f"is another folder on {started.host}", where=self._out, fix=SHARE) from None
+            raise UsageError(f"is another folder on {started.host}", where=self._staging.folder, fix=SHARE) from None
         if self.key not in ("", started.key):
             told = f"{started.host} runs {started.precision} on {started.device}, others {self.precision}"
             raise EngineError(told, fix="name --device and --precision")
@@ -236,7 +243,11 @@ class Cluster:
                 self._report(f"{prefix}{line}")
 
     def close(self) -> None:
-        """Kill all actors."""
+        """Kill all actors, once they have left nothing behind."""
+        import ray
+
+        if farewells := [member.handle.close.remote() for member in self.members if member.started is not None]:
+            ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL_SECONDS)
         for member in list(self.members):
             self.dismiss(member)
 
@@ -249,7 +260,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def open_cluster(
-    plan: Plan, options: InferOptions, out: Path, sources: Sequence[Source], report: Callable[[str], None]
+    plan: Plan, options: InferOptions, staging: Staging, sources: Sequence[Source], report: Callable[[str], None]
 ) -> Iterator[Cluster]:
     """The cluster that RAY_ADDRESS names, or one that runs on this machine, or else one of this machine for this run.
 
@@ -257,7 +268,7 @@ def open_cluster(
     EngineError where Ray cannot be reached, and as `open_engine` does.
     """
     need("ray", "ray")
-    cluster = Cluster(out, report)
+    cluster = Cluster(staging, report)
     try:
         with _connection(), contextlib.closing(cluster):
             cluster.start(plan, options, sources)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -131,11 +130,10 @@ class FleetStream:
             return self._suspects.append(task)
         source, engine = task.source, self.engine
         fix = "see whether memory was short; try it alone with --runner local"
-        error = ImageError(f"given up: {TRIES} actors of Ray died with it", where=source.path, fix=fix)
+        error = ImageError(f"given up: {TRIES} actors of Ray died with it", where=source.url or source.path, fix=fix)
         self._progress.failure(source, error)
         known = {"engine": engine.name, "device": engine.device, "precision": engine.precision}
-        path = os.path.abspath(source.path)
-        self._report({"input": source.name, "path": path, **known, "status": "failed", "error": str(error)})
+        self._report({"input": source.name, "path": source.shown, **known, "status": "failed", "error": str(error)})
 
     def _report(self, entry: dict[str, Any]) -> None:
         if entry["status"] != "skipped":

@@ -300,7 +300,7 @@ class Job:
         return self.outputs.paths(self.source.stem, slide=self.image.slide)
 
     def finish(self) -> dict[str, Any]:
-        """Put the outputs in place; their manifest fields. Raises ImageError (disk full)."""
+        """Put the outputs in place; their manifest fields. Raises ImageError (disk full, a store out of reach)."""
         files: dict[str, Any] = {}
         paths = self._paths()
         for kind, writer in self._writers.items():
@@ -311,6 +311,7 @@ class Job:
                 "tissue": paths["tissue"],
                 "tissue_sha256": write_png(self.outputs.folder / paths["tissue"], mask),
             }
+        self.outputs.publish(paths.values())
         names, segmented = self.outputs.palette.names, self.grid.height * self.grid.width - self.glass_pixels
         confidence = int(self.confidence.sum()) / (CONFIDENCE_ONE * segmented) if segmented else None
         return files | {

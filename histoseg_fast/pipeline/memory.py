@@ -123,7 +123,9 @@ class Results(Generic[GivenT]):
             self._given[number] = image
             yield _source(number, image)
 
-    def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str], /) -> bool:
+    def complete(
+        self, name: str, sha256: str, key: str, paths: Mapping[str, str], digest: Callable[[str], str | None], /
+    ) -> bool:
         """Never: nothing is left of an earlier run."""
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,8 @@ from histoseg_fast.images import (
 )
 from histoseg_fast.images.overview import overview_step
 from histoseg_fast.labels import Palette
+from histoseg_fast.pipeline.records import digest_of
+from histoseg_fast.pipeline.remote import Remote
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, Overview
 from histoseg_fast.postprocess import NO_STEPS, PostProcessing
 
@@ -51,14 +53,17 @@ class Ledger(Protocol):
     def add(self, entry: dict[str, Any], /) -> None:
         """Note the entry of one image, "done" or "failed"."""
 
-    def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str], /) -> bool:
-        """Whether nothing is left to do for an image."""
+    def complete(
+        self, name: str, sha256: str, key: str, paths: Mapping[str, str], digest: Callable[[str], str | None], /
+    ) -> bool:
+        """Whether nothing is left to do for an image; `digest` is that of `Outputs`."""
 
 
 @dataclass(frozen=True)
 class Outputs:
     """Where results go and which are wanted. geojson : how to outline the classes, None for no such file.
-    tissue_threshold : as `find_tissue` reads it; None segments glass too.
+    tissue_threshold : as `find_tissue` reads it; None segments glass too. remote : where files go from the folder, if
+    that is not where they stay.
     """
 
     folder: Path
@@ -68,6 +73,7 @@ class Outputs:
     probabilities: bool = False
     postprocess: PostProcessing = NO_STEPS
     tissue_threshold: float | None = DEFAULT_THRESHOLD
+    remote: Remote | None = None
 
     @property
     def wants(self) -> Wants:
@@ -88,6 +94,17 @@ class Outputs:
         if self.probabilities:
             wanted["probabilities"] = f"probabilities/{stem}.tif"
         return wanted
+
+    def digest(self, path: str) -> str | None:
+        """Hex SHA-256 of one of `paths` as it stands; None where it cannot be read."""
+        return digest_of(self.folder / path) if self.remote is None else self.remote.digest(path)
+
+    def publish(self, paths: Iterable[str]) -> None:
+        """Move files that are finished to where they stay. Raises ImageError."""
+        if self.remote is not None:
+            for path in paths:
+                self.remote.put(self.folder / path, path)
+                (self.folder / path).unlink()
 
     def open_writer(self, kind: str, name: str, image: ImageSource, overview: Overview | None) -> Writer:
         """The writer of one of `paths`, not "tissue", of `image`. Raises ImageError (disk full, no permission)."""

@@ -57,9 +57,11 @@ class Manifest:
                 raise
             self.entries.note(entry["input"], len(line))
 
-    def complete(self, name: str, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
+    def complete(
+        self, name: str, sha256: str, key: str, paths: Mapping[str, str], digest: Callable[[str], str | None]
+    ) -> bool:
         """As `is_complete` has it, by the last line of image `name`."""
-        return is_complete(self.entries.get(name), sha256, key, out, paths)
+        return is_complete(self.entries.get(name), sha256, key, paths, digest)
 
     def close(self) -> None:
         """Close the file and give the folder free."""
@@ -69,17 +71,22 @@ class Manifest:
         self._lock_file.close()
 
 
-def is_complete(entry: Mapping[str, Any] | None, sha256: str, key: str, out: Path, paths: Mapping[str, str]) -> bool:
+def is_complete(
+    entry: Mapping[str, Any] | None,
+    sha256: str,
+    key: str,
+    paths: Mapping[str, str],
+    digest: Callable[[str], str | None],
+) -> bool:
     """Whether the image with digest `sha256`, whose line is `entry`, is done under the same plan and options (`key`).
 
-    Its outputs must lie intact in `out` at `paths` (relative, by their manifest key; another image in the run can move
-    them).
+    Its outputs must lie intact at `paths` (relative, by their manifest key; another image in the run can move them).
+    digest : the hex SHA-256 of such a path, None where there is none.
     """
     if entry is None or (entry.get("status"), entry.get("sha256"), entry.get("key")) != ("done", sha256, key):
         return False
     return all(
-        entry.get(kind) == path and digest_of(out / path) == entry.get(f"{kind}_sha256", "")
-        for kind, path in paths.items()
+        entry.get(kind) == path and digest(path) == entry.get(f"{kind}_sha256", "") for kind, path in paths.items()
     )
 
 

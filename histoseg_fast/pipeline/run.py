@@ -21,15 +21,15 @@ from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.records import (
     MANIFEST,
     Manifest,
-    drop_run,
     lock_folder,
     run_key,
     write_run,
     write_summary,
     writing,
 )
+from histoseg_fast.pipeline.remote import Copies, Remote, Staging
 from histoseg_fast.pipeline.shards import Shard, Share, take_share
-from histoseg_fast.pipeline.sources import Source, find_sources, refuse_foreign, refuse_urls
+from histoseg_fast.pipeline.sources import Source, find_sources
 from histoseg_fast.pipeline.stream import Stream
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
 from histoseg_fast.pipeline.totals import Totals
@@ -121,54 +121,68 @@ class Progress:
 
 
 def infer(
-    plan: Plan, inputs: Sequence[str], out: Path, options: InferOptions, progress: Progress | None = None
+    plan: Plan, inputs: Sequence[str], out: Path | str, options: InferOptions, progress: Progress | None = None
 ) -> tuple[Totals, dict[str, Any]]:
     """Segment every image that `inputs` name into the folder `out`; the totals, and run.json's content.
 
-    What an earlier run of the same plan and options completed is skipped. Raises UsageError (nothing to do,
-    bad options, folder in use), EngineError, and ImageError when the outputs cannot be written at all.
+    Inputs and `out` may be URLs that fsspec knows. What an earlier run of the same plan and options completed is
+    skipped. Raises UsageError (nothing to do, bad options, folder in use), EngineError, and ImageError when the outputs
+    cannot be written at all.
     """
-    progress = progress or Progress()
-    started = time.perf_counter()
-    outputs = make_outputs(plan, options, out, Outputs)
-    refuse_urls(inputs, out)
+    with Staging.open(inputs, str(out)) as staging:
+        return _infer(plan, inputs, staging, options, progress or Progress(), str(out))
+
+
+def _infer(
+    plan: Plan, inputs: Sequence[str], staging: Staging, options: InferOptions, progress: Progress, shown: str
+) -> tuple[Totals, dict[str, Any]]:
+    """As `infer`; `shown` is what the folder is called."""
+    started, out = time.perf_counter(), staging.folder
+    outputs = make_outputs(plan, options, out, Outputs, staging.remote)
     watcher = Watcher(inputs, out, options.watch_idle, progress.report) if options.watch else None
-    found = find_sources(inputs, out) if watcher is None else []
+    found = find_sources(inputs, out, staging.list) if watcher is None else []
     share = None if options.shard is None else take_share(found, options.shard)
     sources = found if share is None else share.sources
     if share is not None:
         progress.report(str(share))
-    refuse_foreign(out)
+    staging.fetch_records(progress.report)
     if (out / MANIFEST).exists():  # that another run is here is told before an engine is built, which may take long
         with writing(out):
             lock_folder(out)[0].close()
-    with _open_runner(plan, options, out, None if watcher else sources, progress.report) as engine:
+    with _open_runner(plan, options, staging, None if watcher else sources, progress.report) as engine:
         with writing(out):
             manifest = Manifest(out, progress.report)
         with contextlib.closing(manifest):
             with writing(out):
-                drop_run(out)
+                staging.begin()
             stream: Any  # a Stream, or what stands for one
             if options.runner == "ray":
                 stream = make_fleet_stream(engine, plan, sources, outputs, manifest, options, progress)
             elif watcher is None:
-                stream = make_stream(engine, plan, sources, outputs, manifest, options, progress)
+                stream = make_copying_stream(
+                    engine, plan, sources, staging.copies, outputs, manifest, options, progress
+                )
             else:
                 stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
 
             progress.start(engine, len(sources) if watcher is None else None, stream)
-            arguments = {"inputs": list(inputs), "out": str(out), **asdict(options)}
+            arguments = {"inputs": list(inputs), "out": shown, **asdict(options)}
+
+            def poll() -> None:
+                progress.poll()
+                staging.sync()
+
             try:
-                totals = stream.run(progress.poll)
+                totals = stream.run(poll)
             except BaseException:
                 with contextlib.suppress(HistosegError):  # what ended the run is what is told
-                    _write_records(out, plan, stream, manifest, arguments, len(found), share, started)
+                    _write_records(staging, plan, stream, manifest, arguments, len(found), share, started)
                 raise
-            return totals, _write_records(out, plan, stream, manifest, arguments, len(found), share, started)
+            return totals, _write_records(staging, plan, stream, manifest, arguments, len(found), share, started)
 
 
 def _write_records(
-    out: Path,
+    staging: Staging,
     plan: Plan,
     stream: Any,
     manifest: Manifest,
@@ -179,33 +193,39 @@ def _write_records(
 ) -> dict[str, Any]:
     """Write summary.csv and run.json, of what is done so far; the latter's content."""
     mine = (entry for entry in manifest.entries.values() if entry.get("key") == stream.key)
+    out = staging.folder
     with writing(out):
         write_summary(out, mine, plan.palette.names)
         record = {"arguments": arguments, **_record(plan, stream, found, share, time.perf_counter() - started)}
         write_run(out, record)
+    staging.end()
     return record
 
 
 def _open_runner(
-    plan: Plan, options: InferOptions, out: Path, sources: Sequence[Source] | None, report: Callable[[str], None]
+    plan: Plan, options: InferOptions, staging: Staging, sources: Sequence[Source] | None, report: Callable[[str], None]
 ) -> contextlib.AbstractContextManager[Any]:
     """The engine, or the cluster that stands for it. sources : None where they are still to come."""
     if options.runner == "ray":
         from histoseg_fast.pipeline.cluster import open_cluster
 
-        return open_cluster(plan, options, out, sources or (), report)
+        return open_cluster(plan, options, staging, sources or (), report)
     return open_stream_engine(plan, CPU_STREAMS if sources is None else len(sources), options, report)
 
 
-def make_outputs(plan: Plan, options: InferOptions, folder: Path, kind: type[OutputsT]) -> OutputsT:
-    """The results that `options` ask for, in `folder`. Raises UsageError for options that do not go with the plan."""
+def make_outputs(
+    plan: Plan, options: InferOptions, folder: Path, kind: type[OutputsT], remote: Remote | None = None
+) -> OutputsT:
+    """The results that `options` ask for, in `folder`, and from there to `remote`.
+
+    Raises UsageError for options that do not go with the plan.
+    """
     check_tile(options.tile or plan.tile, plan.halo, plan.stride)
     steps = plan.choose_postprocess(options.postprocess)
     options.resolution(plan)  # what is wrong with it is told before any work
     threshold = options.tissue_threshold if options.tissue_mask else None
-    return kind(
-        folder, plan.palette, options.overlay, options.geojson, options.probabilities, steps, tissue_threshold=threshold
-    )
+    wanted = options.overlay, options.geojson, options.probabilities
+    return kind(folder, plan.palette, *wanted, steps, tissue_threshold=threshold, remote=remote)
 
 
 def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: Callable[[str], None]) -> Engine:
@@ -276,6 +296,25 @@ def make_fleet_stream(
 
     tile, batch = options.tile or plan.tile, options.batch or cluster.batch
     return FleetStream(cluster, sources, outputs, manifest, progress, tile=tile, batch=batch)
+
+
+def make_copying_stream(
+    engine: Engine,
+    plan: Plan,
+    sources: Sequence[Source],
+    copies: Copies,
+    outputs: Outputs,
+    manifest: Manifest,
+    options: InferOptions,
+    progress: Progress,
+) -> Stream:
+    """The stream of `infer` over files and URLs."""
+
+    def over(entry: dict[str, Any]) -> None:
+        copies.over(entry)
+        progress.image(entry)
+
+    return make_stream(engine, plan, copies.ahead(sources), outputs, manifest, options, replace(progress, image=over))
 
 
 def make_watching_stream(

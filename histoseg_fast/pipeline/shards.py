@@ -11,7 +11,7 @@ from typing import Any
 
 from histoseg_fast.errors import UsageError
 from histoseg_fast.images.companions import Folders
-from histoseg_fast.images.sizes import image_pixels
+from histoseg_fast.images.sizes import PIXELS_A_BYTE, image_pixels
 from histoseg_fast.pipeline.sources import Source
 
 MAX_SHARDS = 100_000
@@ -79,7 +79,7 @@ def take_share(sources: Sequence[Source], shard: Shard) -> Share:
     """Those of `sources` that `shard` has to do, in their order. Reads a few bytes of every file."""
     folders = Folders()
     with ThreadPoolExecutor(HEADER_READERS, "headers") as pool:
-        sizes = list(pool.map(lambda source: image_pixels(source.path, folders), sources))
+        sizes = list(pool.map(lambda source: _pixels(source, folders), sources))
     parts = deal(((source.name, pixels) for source, (pixels, _) in zip(sources, sizes, strict=True)), shard.of)
     mine = [(source, *size) for source, size in zip(sources, sizes, strict=True) if parts[source.name] == shard.number]
     return Share(
@@ -90,6 +90,11 @@ def take_share(sources: Sequence[Source], shard: Shard) -> Share:
         sum(pixels for pixels, _ in sizes),
         [source.name for source, _, known in mine if not known],
     )
+
+
+def _pixels(source: Source, folders: Folders) -> tuple[int, bool]:
+    """As `image_pixels`; of what is behind a URL, from its bytes."""
+    return (PIXELS_A_BYTE * source.bytes, False) if source.url else image_pixels(source.path, folders)
 
 
 def deal(weights: Iterable[tuple[str, int]], of: int) -> dict[str, int]:

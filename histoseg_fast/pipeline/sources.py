@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from histoseg_fast.errors import UsageError
-from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES
+from histoseg_fast.errors import HistosegError, UsageError
+from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES, ImageSource, Resolution, open_image
+from histoseg_fast.images.array import ArraySource
 from histoseg_fast.images.companions import OF_SEVERAL_FILES, Folders
 from histoseg_fast.pipeline.records import MANIFEST, OUTPUT_FOLDERS
 
@@ -23,23 +24,61 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Path makes one slash of two. Windows has drives of one letter."""
 T = TypeVar("T")
 READ_SUFFIXES = SUFFIXES | SLIDE_SUFFIXES
+FOREIGN, FOREIGN_FIX = "holds {} that no run wrote", "choose another --out"
 
 
 @dataclass(frozen=True)
 class Source:
     """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share.
 
-    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file.
+    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file. url, bytes : where it lies, and its size, if
+    that is behind a URL; `path` is then its copy here, once there is one. fetched : waits for that; raises ImageError.
     """
 
     path: Path
     name: str
     stem: str
     pixels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    url: str = ""
+    bytes: int = 0
+    fetched: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def shown(self) -> str:
+        """Its absolute path, or URL, for people and records."""
+        return self.url or os.path.abspath(self.path)
+
+    def open(self, resolution: Resolution) -> ImageSource:
+        """Raises ImageError."""
+        if self.pixels is not None:
+            return ArraySource(self.pixels, resolution)
+        if self.fetched is not None:
+            self.fetched()
+        return open_image(self.path, resolution)
+
+    def renamed(self, error: HistosegError) -> HistosegError:
+        """`error` as of the URL, where it is one of the copy of it."""
+        if not self.url or error.where != os.fspath(self.path):
+            return error
+        return type(error)(error.what, where=self.url, fix=error.fix)
 
 
-def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
+@dataclass(frozen=True)
+class Listed:
+    """An image that was found; fields as of `Source`."""
+
+    path: Path
+    name: str
+    url: str = ""
+    bytes: int = 0
+
+
+def find_sources(
+    inputs: Sequence[str], out: Path, remote: Callable[[str], Sequence[Listed]] | None = None
+) -> list[Source]:
     """Every image that `inputs` (files, folders, glob patterns) name, sorted by name, each file once.
+
+    remote : lists what a URL names; None where they are refused.
 
     Folders are searched recursively for the known suffixes (hidden files, `out` and results in it left out) and
     do not follow links to folders; names are relative to the folder, to the part of a pattern before its
@@ -48,25 +87,30 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     images share that; then both keep their suffix. Raises UsageError if an input names nothing, or two inputs would
     share an output.
     """
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, Listed] = {}
     for text in inputs:
-        matches = list(_expand(text, out))
+        if not is_url(text):
+            matches = [Listed(path, name) for path, name in _expand(text, out)]
+        elif remote is not None:
+            matches = list(remote(text))
+        else:
+            raise UsageError("URLs are read by infer alone", where=text, fix="copy what is needed")
         if not matches:
             raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES)))
-        for path, name in matches:
-            found.setdefault(os.path.abspath(path), (path, name))
+        for image in matches:
+            found.setdefault(image.url or os.path.abspath(image.path), image)
     leave_out_companions(found, Folders())
-    stems = Counter(short_stem(name).casefold() for _, name in found.values())
-    sources = [
-        Source(path, name, short_stem(name) if stems[short_stem(name).casefold()] == 1 else name)
-        for path, name in found.values()
-    ]
+    stems = Counter(short_stem(image.name).casefold() for image in found.values())
+    sources = []
+    for image in found.values():
+        stem = short_stem(image.name) if stems[short_stem(image.name).casefold()] == 1 else image.name
+        sources.append(Source(image.path, image.name, stem, url=image.url, bytes=image.bytes))
     sources.sort(key=lambda source: source.name)
     seen: dict[str, Source] = {}
     for source in sources:
         if (other := seen.setdefault(source.stem.casefold(), source)) is not source:
             raise UsageError(
-                f"{other.path} and {source.path} would write the same mask",
+                f"{other.url or other.path} and {source.url or source.path} would write the same mask",
                 fix="give their common parent folder, or run them into two --out folders",
             )
     return sources
@@ -80,19 +124,16 @@ def leave_out_companions(found: dict[str, T], folders: Folders) -> None:
                 found.pop(str(companion), None)
 
 
-def refuse_urls(inputs: Sequence[str], out: Path) -> None:
-    """UsageError where one of these is a URL, and no file's or folder's name."""
-    for text in (*inputs, str(out)):
-        if _URL.match(text) and not os.path.lexists(text.split("/", 1)[0]):
-            fix = "mount it as a folder, or copy what is needed"
-            raise UsageError("URLs are neither read nor written", where=text, fix=fix)
+def is_url(text: str) -> bool:
+    """Whether `text` is a URL, and no file's or folder's name."""
+    return _URL.match(text) is not None and not os.path.lexists(text.split("/", 1)[0])
 
 
 def refuse_foreign(out: Path) -> None:
     """UsageError where `out` holds folders that are called like results and that no run wrote."""
     foreign = [name for name in OUTPUT_FOLDERS if (out / name).is_dir()]
     if foreign and not (out / MANIFEST).exists():
-        raise UsageError(f"holds {', '.join(foreign)} that no run wrote", where=out, fix="choose another --out")
+        raise UsageError(FOREIGN.format(", ".join(foreign)), where=out, fix=FOREIGN_FIX)
 
 
 def _expand(text: str, out: Path) -> Iterable[tuple[Path, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import queue
 import threading
 import time
@@ -21,8 +20,7 @@ import numpy as np
 
 from histoseg_fast.engines.base import Engine
 from histoseg_fast.errors import EngineError, HistosegError, ImageError
-from histoseg_fast.images import NATIVE, Resolution, open_image
-from histoseg_fast.images.array import ArraySource
+from histoseg_fast.images import NATIVE, Resolution
 from histoseg_fast.images.content import OUT_OF_MEMORY
 from histoseg_fast.pipeline.job import Band, Job
 from histoseg_fast.pipeline.outputs import Ledger, Outputs
@@ -171,14 +169,11 @@ class Stream:
         started = time.perf_counter()
         try:
             with _enough_memory(source):
-                if source.pixels is None:
-                    image = open_image(source.path, self.resolution)
-                else:
-                    image = ArraySource(source.pixels, self.resolution)
+                image = source.open(self.resolution)
         except ImageError as error:
             return self._report_failure(source, error)
         paths = self.outputs.paths(source.stem, slide=image.slide)
-        if self.manifest.complete(source.name, image.sha256, self.key, self.outputs.folder, paths):
+        if self.manifest.complete(source.name, image.sha256, self.key, paths, self.outputs.digest):
             with contextlib.suppress(ImageError):  # it changes just now: the next run will see
                 image.close()
             return self._report({"input": source.name, "status": "skipped"})
@@ -347,9 +342,10 @@ class Stream:
         """What every manifest line says; `job` where the image could be opened."""
         engine = {"engine": self.engine.name, "device": self.engine.device, "precision": self.engine.precision}
         known = {} if job is None else {"sha256": job.image.sha256, "key": self.key, "warnings": job.warnings}
-        return {"input": source.name, "path": os.path.abspath(source.path), **known, **engine}
+        return {"input": source.name, "path": source.shown, **known, **engine}
 
     def _report_failure(self, source: Source, error: HistosegError, job: Job | None = None) -> None:
+        error = source.renamed(error)
         self.on_failure(source, error)
         self._report(self._entry(source, job) | {"status": "failed", "error": str(error)}, job)
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from histoseg_fast.errors import EngineError, HistosegError, ImageError, UsageEr
 from histoseg_fast.images import OutlineOptions, write_png
 from histoseg_fast.pipeline import fleet
 from histoseg_fast.pipeline.cluster import START_TRIES, Crew
+from histoseg_fast.pipeline.remote import PREFIX
 from histoseg_fast.pipeline.run import InferOptions, Progress, infer
 from histoseg_fast.pipeline.shards import Shard
 from histoseg_fast.pipeline.totals import Totals
@@ -113,6 +115,24 @@ def test_a_run_on_ray_is_a_local_run(on_ray: Any, tiny_plan: Plan, tmp_path: Pat
     assert same(tmp_path / "local", tmp_path / "ray")
     totals, _ = run(tiny_plan, folder, tmp_path / "ray", local)
     assert (totals.done, totals.skipped) == (0, 15)
+
+
+def test_urls_are_read_and_written_by_the_actors(
+    on_ray: Any, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    make_pictures(folder / "deep", 12)
+    (folder / "bad.png").write_bytes(b"?" * 100)
+    run(tiny_plan, folder, tmp_path / "local", LOCAL)
+    before = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
+    url = (tmp_path / "ray").as_uri()
+    infer(tiny_plan, [folder.as_uri()], url, RAY)
+    assert results(tmp_path / "local") == results(tmp_path / "ray") and not partials(tmp_path / "ray")
+    assert entries(tmp_path / "ray")["bad.png"]["error"].startswith(f"{folder.as_uri()}/bad.png: is not a PNG")
+    (tmp_path / "ray" / "masks" / "deep" / "image_003.png").unlink()
+    totals, _ = infer(tiny_plan, [folder.as_uri()], url, RAY)
+    assert (totals.done, totals.failed, totals.skipped) == (1, 1, 11)
+    assert set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) == before
 
 
 def test_relative_paths_start_where_the_run_does(

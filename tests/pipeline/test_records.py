@@ -106,21 +106,25 @@ def test_complete_asks_for_everything(tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     with atomic_write(tmp_path / "masks" / "a.png") as stream:
         stream.write(b"mask")
-    digest = hashlib.sha256(b"mask").hexdigest()
-    entry = {"input": "a", "status": "done", "sha256": "s", "key": "k", "mask": "masks/a.png", "mask_sha256": digest}
+    sha256 = hashlib.sha256(b"mask").hexdigest()
+    entry = {"input": "a", "status": "done", "sha256": "s", "key": "k", "mask": "masks/a.png", "mask_sha256": sha256}
+
+    def digest(path: str) -> str | None:
+        return digest_of(tmp_path / path)
+
     manifest.add(entry)
-    assert manifest.complete("a", "s", "k", tmp_path, MASK)
-    assert not manifest.complete("b", "s", "k", tmp_path, MASK)
-    assert not manifest.complete("a", "other", "k", tmp_path, MASK)
-    assert not manifest.complete("a", "s", "other", tmp_path, MASK)
-    assert not manifest.complete("a", "s", "k", tmp_path, {"mask": "masks/a.png.png"})
-    assert not manifest.complete("a", "s", "k", tmp_path, MASK | {"overlay": "overlays/a.jpg"})
+    assert manifest.complete("a", "s", "k", MASK, digest)
+    assert not manifest.complete("b", "s", "k", MASK, digest)
+    assert not manifest.complete("a", "other", "k", MASK, digest)
+    assert not manifest.complete("a", "s", "other", MASK, digest)
+    assert not manifest.complete("a", "s", "k", {"mask": "masks/a.png.png"}, digest)
+    assert not manifest.complete("a", "s", "k", MASK | {"overlay": "overlays/a.jpg"}, digest)
     for change in ({"status": "failed"}, {"mask_sha256": "0" * 64}, {"mask": 5}):
         manifest.add(entry | change)
-        assert not manifest.complete("a", "s", "k", tmp_path, MASK)
+        assert not manifest.complete("a", "s", "k", MASK, digest)
     manifest.add({key: value for key, value in entry.items() if key != "mask_sha256"})
     (tmp_path / "masks" / "a.png").unlink()
-    assert not manifest.complete("a", "s", "k", tmp_path, MASK)
+    assert not manifest.complete("a", "s", "k", MASK, digest)
     manifest.close()
 
 

@@ -13,7 +13,7 @@ from histoseg_fast.images import companions as companions_module
 from histoseg_fast.images import write_png
 from histoseg_fast.images.sizes import PIXELS_A_BYTE
 from histoseg_fast.pipeline.shards import Shard, take_share
-from histoseg_fast.pipeline.sources import find_sources, refuse_urls
+from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.pipeline.watch import Watcher
 
 
@@ -142,18 +142,6 @@ def test_a_dicom_series_is_one_input(tmp_path: Path) -> None:
     touch(tmp_path, "x/4.dcm")
     assert names([str(tmp_path)], tmp_path / "out") == ["x/1.dcm", "x/2.dcm", "x/4.dcm", "y/1.dcm"]
     assert names([str(tmp_path / "x" / "3.dcm")], tmp_path / "out") == ["3.dcm"]
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/study", "gs://bucket/*.png", "memory://x", "https://x.org/a.png"])
-def test_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    touch(tmp_path, "a.png")
-    for inputs, out in (["a.png", url], "out"), (["a.png"], url):
-        with pytest.raises(UsageError, match=r"://?.*: URLs are neither read nor written; mount it as a folder"):
-            refuse_urls(inputs, Path(out))
-    touch(tmp_path / url.split("/")[0], "a.png")  # a folder that is called so
-    refuse_urls([url], Path(url))
-    refuse_urls(["a.png", "C:/images", "a:b/c.png"], Path("/out"))
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from running import (
 from histoseg_fast import _core
 from histoseg_fast.engines import Engine, open_engine, run_tiled
 from histoseg_fast.images import MaskWriter, write_png
+from histoseg_fast.pipeline import sources as sources_module
 from histoseg_fast.pipeline import stream as stream_module
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.sources import find_sources
@@ -99,7 +100,7 @@ def test_a_slow_reader_in_a_shared_batch_does_not_mix_up_the_bands_of_another_im
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_pictures(tmp_path / "in", 2, 64, 8)
-    holds_place, open_image = threading.Event(), stream_module.open_image
+    holds_place, open_image = threading.Event(), sources_module.open_image
 
     def read_slowly(read: Callable[..., None], name: str, y0: int, *rest: object) -> None:
         if name == "image_001.png" and y0 == 0:
@@ -115,7 +116,7 @@ def test_a_slow_reader_in_a_shared_batch_does_not_mix_up_the_bands_of_another_im
         return image
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_module, "open_image", open_slowly)
+        patch.setattr(sources_module, "open_image", open_slowly)
         run_stream(FakeEngine(), tmp_path / "in", tmp_path / "slow", tile=16, batch=2, readers=2)
     run_stream(FakeEngine(), tmp_path / "in", tmp_path / "plain", tile=64)
     assert results(tmp_path / "slow") == results(tmp_path / "plain")
@@ -158,9 +159,9 @@ def test_stop_before_the_start_does_nothing(tmp_path: Path) -> None:
 def test_a_slow_stage_holds_the_readers_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
     make_pictures(tmp_path / "in", 60, 8, 8)
     batch, readers, writers, opened, over, most = 2, 2, 2, [], [], []
-    open_image = stream_module.open_image
+    open_image = sources_module.open_image
     monkeypatch.setattr(
-        stream_module, "open_image", lambda path, *more: (opened.append(path), open_image(path, *more))[1]
+        sources_module, "open_image", lambda path, *more: (opened.append(path), open_image(path, *more))[1]
     )
 
     def dawdle(_: object) -> None:
