@@ -8,11 +8,17 @@ for the whole image, so the cores put side by side equal the whole-image result 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from histoseg_fast.errors import UsageError
+
+CORE_SHARE = 0.7
+"""Of the pixels of a large tile at least so many are its core."""
+MAX_BAND_BYTES = 1 << 28
+"""A row of large tiles may take so much memory: images wider than that allows are cut with the smaller ones."""
 
 Core = tuple[int, int, int, int]
 """Top, left, bottom, right inside a tile, ends excluded."""
@@ -87,6 +93,14 @@ def check_tile(tile: int, halo: int, stride: int) -> None:
         raise UsageError(f"a tile of {tile} pixels has no room between its halos", fix=fix)
 
 
+def large_tile(tile: int, halo: int, stride: int) -> int:
+    """The tile for images that `tile` would cut: so large that its core is `CORE_SHARE` of it.
+
+    `tile` itself where that is enough: a larger one gains little then, and takes memory.
+    """
+    return max(tile, padded_length(math.ceil(2 * halo / (1 - math.sqrt(CORE_SHARE))), stride))
+
+
 @dataclass(frozen=True)
 class TileGrid:
     """The tiles of one image: every row span with every column span, in raster order."""
@@ -111,3 +125,19 @@ class TileGrid:
         down, across = self.rows[row], self.columns[column]
         top, left = down.core - down.outer, across.core - across.outer
         return top, left, down.core_end - down.outer, across.core_end - across.outer
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How images are cut: by tiles of `tile` pixels a side, halo included; by `large` ones where those cut them."""
+
+    tile: int
+    large: int
+    halo: int
+    stride: int
+
+    def grid(self, height: int, width: int) -> TileGrid:
+        """The grid for an image of `height` x `width` pixels. Its result does not depend on the choice."""
+        cut = max(height, width) > self.tile
+        large = cut and 3 * self.large * padded_length(width, self.stride) <= MAX_BAND_BYTES
+        return TileGrid.cover(height, width, self.large if large else self.tile, self.halo, self.stride)

@@ -21,6 +21,7 @@ from histoseg_fast.pipeline.sources import find_sources
 from histoseg_fast.pipeline.stream import Stream
 from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.postprocess import PostProcessing
+from histoseg_fast.tiling import Tiling
 
 PATIENCE = 120
 """Seconds after which a run that should be over counts as hanging."""
@@ -107,7 +108,9 @@ def make_stream(engine: Engine, folder: Path, out: Path, manifest: Manifest, **o
     wanted = {k: options.pop(k) for k in ("overlay", "geojson", "probabilities", "tissue_threshold") if k in options}
     outputs = Outputs(out, PAPER_PALETTE, postprocess=steps, **wanted)
     sources = options.pop("sources", None) or find_sources([str(folder)], out)
-    return Stream(engine, sources, outputs, manifest, **{"stride": 1, "halo": 0, "tile": 64, "key": "k", **options})
+    tile, halo, stride = options.pop("tile", 64), options.pop("halo", 0), options.pop("stride", 1)
+    tiling = Tiling(tile, options.pop("large", tile), halo, stride)
+    return Stream(engine, sources, outputs, manifest, **{"tiling": tiling, "key": "k", **options})
 
 
 def finish(stream: Stream, poll: Callable[[], None] = lambda: None) -> Totals:

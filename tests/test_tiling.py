@@ -10,7 +10,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from histoseg_fast.errors import UsageError
-from histoseg_fast.tiling import TileGrid, check_tile, pad_to_stride, padded_length, reflect_indices, split_axis
+from histoseg_fast.tiling import (
+    CORE_SHARE,
+    TileGrid,
+    Tiling,
+    check_tile,
+    large_tile,
+    least_tile,
+    pad_to_stride,
+    padded_length,
+    reflect_indices,
+    split_axis,
+)
 
 SETTINGS = settings(deadline=None, max_examples=400)
 
@@ -117,3 +128,23 @@ def test_a_grid_is_both_axes(height, width):
     grid = TileGrid.cover(height, width, 64, 8, 2)
     assert (grid.rows, grid.columns) == (split_axis(height, 64, 8, 2), split_axis(width, 64, 8, 2))
     assert grid.tile_shape == (grid.rows[-1].outer_end - grid.rows[-1].outer, grid.columns[0].outer_end)
+
+
+@SETTINGS
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 8), st.sampled_from([1, 4, 32]), st.integers(0, 300))
+def test_large_tiles_are_for_images_that_others_cut(height, width, strides_of_halo, stride, more):
+    halo = strides_of_halo * stride
+    tile = least_tile(halo, stride) + more
+    large = large_tile(tile, halo, stride)
+    assert large >= tile and (large - 2 * halo) ** 2 >= CORE_SHARE * large**2 * (large > tile)
+    grid = Tiling(tile, large, halo, stride).grid(height, width)
+    used = tile if max(height, width) <= tile else large
+    assert grid == TileGrid.cover(height, width, used, halo, stride)
+
+
+def test_large_tiles_of_the_shipped_halos_and_widths():
+    assert large_tile(1152, 160, 32) == 1984 and large_tile(1152, 26, 2) == 1152
+    tiling = Tiling(1152, 1984, 160, 32)
+    assert tiling.grid(720, 1128).tile_shape == (736, 1152)
+    assert tiling.grid(1500, 1500).tile_shape == (1504, 1504)
+    assert max(tiling.grid(100_000, 100_000).tile_shape) <= 1152 < max(tiling.grid(100_000, 40_000).tile_shape)

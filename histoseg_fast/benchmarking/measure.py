@@ -141,7 +141,7 @@ def _measure(work: Work, repeats: int, masks: Path, report: Report) -> tuple[dic
         _, shapes = run_stream(work, engine, keep=masks)
         batch = work.options.batch or engine.batch
         alone_seconds, warm, cold = [], [], []
-        with EngineAlone(engine, batches(work, shapes, batch), work.outputs.wants, work.poll) as alone:
+        with EngineAlone(engine, batches(work, engine.device, shapes, batch), work.outputs.wants, work.poll) as alone:
             for repeat in range(repeats):
                 report(f"{engine.precision} on {engine.device}: repeat {repeat + 1} of {repeats}")
                 alone_seconds.append(alone.run())

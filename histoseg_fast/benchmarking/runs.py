@@ -20,12 +20,11 @@ from histoseg_fast.errors import HistosegError
 from histoseg_fast.machine import busy_seconds
 from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest, write_summary
-from histoseg_fast.pipeline.run import InferOptions, Progress, make_stream
+from histoseg_fast.pipeline.run import InferOptions, Progress, make_stream, make_tiling
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import PostProcessing
 from histoseg_fast.synthetic import make_field
-from histoseg_fast.tiling import TileGrid
 
 Shape = tuple[int, int]
 """Height and width, pixels."""
@@ -126,11 +125,12 @@ def _name(entry: dict[str, Any]) -> str:
     return str(entry["input"])
 
 
-def batches(work: Work, shapes: Iterable[Shape], batch: int) -> list[tuple[int, int, int]]:
+def batches(work: Work, device: str, shapes: Iterable[Shape], batch: int) -> list[tuple[int, int, int]]:
     """The batches, (tiles, height, width), that one reader makes of images of these shapes: see `Ring`."""
+    tiling = make_tiling(work.plan, work.options, device)
     made: list[tuple[int, int, int]] = []
     for height, width in shapes:
-        grid = TileGrid.cover(height, width, work.tile, work.plan.halo, work.plan.stride)
+        grid = tiling.grid(height, width)
         for _ in range(len(grid.rows) * len(grid.columns)):
             if made and made[-1][1:] == grid.tile_shape and made[-1][0] < batch:
                 made[-1] = (made[-1][0] + 1, *grid.tile_shape)

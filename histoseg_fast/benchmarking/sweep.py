@@ -42,7 +42,7 @@ def sweep(
         for tile in tiles:
             for batch in sizes:
                 point = work.with_tile(tile, batch)
-                wanted = batches(point, shapes, batch)
+                wanted = batches(point, row["device"], shapes, batch)
                 if batch > 1 and max(n * h * w for n, h, w in wanted) > most:
                     continue
                 report(f"tile {tile}, batch {batch}: {images} image(s), {repeats} time(s)")

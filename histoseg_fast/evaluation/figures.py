@@ -85,6 +85,8 @@ def save_curves(path: str | Path, histories: Mapping[str, Sequence[Mapping[str, 
     loss.set(xlabel="epoch", ylabel="loss (dashed: train, solid: validation cross entropy)")
     iou.set(xlabel="epoch", ylabel="validation mIoU")
     for axis in (loss, iou):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (loss, iou):
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)

@@ -15,6 +15,7 @@ from histoseg_fast.pipeline.records import Manifest, clear_partials
 from histoseg_fast.pipeline.run import Progress
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.pipeline.totals import Totals
+from histoseg_fast.tiling import Tiling
 
 TRIES = 3
 """An image that so many actors died with has failed. After the first it is given to an actor that has no other, so that
@@ -26,7 +27,7 @@ POLL_SECONDS = 0.1
 class FleetStream:
     """Stands where a `Stream` does; each actor has one of its own, and as many images as keep it busy.
 
-    tile : tile size in pixels, halo included. engine, totals, outputs, batch, key : as of `Stream`.
+    engine, tiling, totals, outputs, batch, key : as of `Stream`.
     """
 
     def __init__(
@@ -37,10 +38,10 @@ class FleetStream:
         manifest: Manifest,
         progress: Progress,
         *,
-        tile: int,
+        tiling: Tiling,
         batch: int,
     ):
-        self.engine, self.outputs, self.tile, self.batch = cluster, outputs, tile, batch
+        self.engine, self.outputs, self.tiling, self.batch = cluster, outputs, tiling, batch
         self.key, self.totals = cluster.key, Totals()
         self._manifest, self._progress = manifest, progress
         self._fresh = deque(Task(source) for source in sources)

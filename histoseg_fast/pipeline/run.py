@@ -36,7 +36,7 @@ from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.pipeline.watch import Watcher
 from histoseg_fast.plan import Plan
 from histoseg_fast.postprocess import check_integer, check_number
-from histoseg_fast.tiling import check_tile
+from histoseg_fast.tiling import Tiling, check_tile, large_tile
 
 if TYPE_CHECKING:
     from histoseg_fast.pipeline.cluster import Cluster
@@ -242,6 +242,13 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
     )
 
 
+def make_tiling(plan: Plan, options: InferOptions, device: str) -> Tiling:
+    """How `infer` cuts images on a device. A GPU's engines are built for tiles of one size."""
+    tile, halo, stride = options.tile or plan.tile, plan.halo, plan.stride
+    large = large_tile(tile, halo, stride) if options.tile == 0 and device == "cpu" else tile
+    return Tiling(tile, large, halo, stride)
+
+
 def make_stream(
     engine: Engine,
     plan: Plan,
@@ -269,9 +276,7 @@ def make_stream(
         sources,
         outputs,
         manifest,
-        stride=plan.stride,
-        halo=plan.halo,
-        tile=options.tile or plan.tile,
+        tiling=make_tiling(plan, options, engine.device),
         batch=options.batch or engine.batch,
         readers=readers,
         writers=readers,
@@ -294,8 +299,8 @@ def make_fleet_stream(
     """The run of `infer` over the actors of a cluster."""
     from histoseg_fast.pipeline.fleet import FleetStream
 
-    tile, batch = options.tile or plan.tile, options.batch or cluster.batch
-    return FleetStream(cluster, sources, outputs, manifest, progress, tile=tile, batch=batch)
+    tiling, batch = make_tiling(plan, options, cluster.device), options.batch or cluster.batch
+    return FleetStream(cluster, sources, outputs, manifest, progress, tiling=tiling, batch=batch)
 
 
 def make_copying_stream(
@@ -348,7 +353,8 @@ def _record(plan: Plan, stream: Stream, found: int, share: Share | None, wall: f
         "device": engine.device,
         "engine": engine.name,
         "precision": engine.precision,
-        "tile": stream.tile,
+        "tile": stream.tiling.tile,
+        "large_tile": stream.tiling.large,
         "batch": stream.batch,
         "postprocess": stream.outputs.postprocess.as_json(),
         "shard": None if share is None else share.as_json(),

@@ -27,7 +27,7 @@ from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.pipeline.totals import Totals
-from histoseg_fast.tiling import TileGrid
+from histoseg_fast.tiling import Tiling
 
 QUEUED_BANDS = 2
 """Bands that may wait for a writer."""
@@ -42,7 +42,7 @@ class Stream:
 
     sources : what to do, in this order; taken one by one, from any thread. One that waits for images gives None several
     times a second meanwhile, so that what was begun is finished, and a stop noticed. An image may come again.
-    tile : tile size in pixels, halo included. batch : tiles a batch.
+    tiling : how images are cut. batch : tiles a batch.
     resolution : the grid that images are read on. key : digest of plan and options, as `Manifest.complete` wants it.
     on_image : called with each image's manifest entry ("done", "failed" or "skipped") from the thread that finished it.
     on_failure : called before that with an image that failed, and why.
@@ -56,9 +56,7 @@ class Stream:
         outputs: Outputs,
         manifest: Ledger,
         *,
-        stride: int,
-        halo: int,
-        tile: int,
+        tiling: Tiling,
         batch: int = 1,
         readers: int = 1,
         writers: int = 1,
@@ -68,7 +66,7 @@ class Stream:
         on_failure: Callable[[Source, HistosegError], None] = lambda source, error: None,
     ):
         self.engine, self.outputs, self.manifest = engine, outputs, manifest
-        self.stride, self.halo, self.tile, self.batch = stride, halo, tile, batch
+        self.tiling, self.batch = tiling, batch
         self.resolution, self.key, self.on_image, self.on_failure = resolution, key, on_image, on_failure
         self.totals = Totals()
         self.workers = {"read": readers, "stitch": 1, "write": writers}
@@ -177,7 +175,7 @@ class Stream:
             with contextlib.suppress(ImageError):  # it changes just now: the next run will see
                 image.close()
             return self._report({"input": source.name, "status": "skipped"})
-        grid = TileGrid.cover(image.height, image.width, self.tile, self.halo, self.stride)
+        grid = self.tiling.grid(image.height, image.width)
         job = Job(source, image, grid, self.outputs, number, started=started)
         job.seconds["read"] += time.perf_counter() - started
         try:

@@ -85,7 +85,7 @@ def test_the_batches_are_those_of_the_stream(
     for i, (height, width) in enumerate(shapes):
         write_png(folder / "in" / f"{i}.png", picture(i, height, width))
     run_stream(Engine(), folder / "in", folder / "out", tile=tile, batch=batch, halo=8, stride=2)
-    assert batches(work_of(tiny_plan, folder, tile=tile), shapes, batch) == seen
+    assert batches(work_of(tiny_plan, folder, tile=tile), "cpu", shapes, batch) == seen
 
 
 @pytest.mark.parametrize("wants", [CLASSES, Wants(logits=True)])

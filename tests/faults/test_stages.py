@@ -25,7 +25,7 @@ from histoseg_fast.images import write_png
 
 IMAGES = 8
 STAGES = {
-    "open": ("histoseg_fast.pipeline.stream", "open_image"),
+    "open": ("histoseg_fast.pipeline.sources", "open_image"),
     "read": ("histoseg_fast.pipeline.job.Job", "fill_band"),
     "take a slot": ("histoseg_fast.pipeline.ring.Ring", "take"),
     "submit": ("running.FakeEngine", "submit"),

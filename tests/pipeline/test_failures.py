@@ -31,7 +31,7 @@ from histoseg_fast.images import MaskWriter, write_png
 from histoseg_fast.images.content import Content
 from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.pipeline import run
-from histoseg_fast.pipeline import stream as stream_module
+from histoseg_fast.pipeline import sources as sources_module
 from histoseg_fast.pipeline.job import Job
 from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import Manifest
@@ -112,7 +112,7 @@ def test_an_unexpected_error_in_any_thread_ends_the_run(
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    places = ((stream_module, "open_image"), (Job, "fill_band"), (Job, "stitch"), (Job, "write"), (Job, "finish"))
+    places = ((sources_module, "open_image"), (Job, "fill_band"), (Job, "stitch"), (Job, "write"), (Job, "finish"))
     for i, (owner, name) in enumerate(places):
         with monkeypatch.context() as patch, pytest.raises(KeyError, match="a bug"):
             patch.setattr(owner, name, broken)

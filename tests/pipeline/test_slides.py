@@ -22,7 +22,7 @@ from histoseg_fast.images.content import Content
 from histoseg_fast.images.overview import shrink
 from histoseg_fast.images.png import PngSource
 from histoseg_fast.pipeline import job as job_module
-from histoseg_fast.pipeline import stream as stream_module
+from histoseg_fast.pipeline import sources as sources_module
 from histoseg_fast.pipeline.job import NO_OVERVIEW
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.tissue import Tissue
@@ -63,7 +63,7 @@ def slides(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Slide]]:
 
     def make(kind: type[Slide] = Slide) -> list[Slide]:
         opened: list[Slide] = []
-        monkeypatch.setattr(stream_module, "open_image", lambda path, _: (opened.append(kind(path)), opened[-1])[1])
+        monkeypatch.setattr(sources_module, "open_image", lambda path, _: (opened.append(kind(path)), opened[-1])[1])
         return opened
 
     return make

@@ -63,14 +63,23 @@ SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(SIZES, st.integers(20, 320), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.randoms())
-@example([(300, 24), (299, 24), (298, 24)], 24, 2, 3, 2, random.Random(0))  # batches shared by three tall images
-@example([(1, 1), (1, 300), (300, 1)], 20, 3, 2, 2, random.Random(0))
+@given(
+    SIZES,
+    st.integers(20, 320),
+    st.integers(0, 80),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.randoms(),
+)
+@example([(300, 24), (299, 24), (298, 24)], 24, 0, 2, 3, 2, random.Random(0))  # batches shared by three tall images
+@example([(1, 1), (1, 300), (300, 1)], 20, 0, 3, 2, 2, random.Random(0))
 def test_the_stream_equals_the_whole_image(
     tiny_plan: Plan,
     engine: Engine,
     sizes: list[tuple[int, int]],
     tile: int,
+    larger: int,
     batch: int,
     readers: int,
     writers: int,
@@ -84,7 +93,8 @@ def test_the_stream_equals_the_whole_image(
         sources = find_sources([str(folder)], out)
         order.shuffle(sources)
         options = {"stride": tiny_plan.stride, "halo": tiny_plan.halo, "sources": sources}
-        totals = run_stream(engine, folder, out, tile=tile, batch=batch, readers=readers, writers=writers, **options)
+        options |= {"tile": tile, "large": tile + larger, "batch": batch, "readers": readers, "writers": writers}
+        totals = run_stream(engine, folder, out, **options)
         assert (totals.done, totals.failed, totals.skipped) == (len(sizes), 0, 0)
         assert totals.pixels == sum(h * w for h, w in sizes)
         lines = entries(out)
