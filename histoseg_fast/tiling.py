@@ -9,6 +9,7 @@ for the whole image, so the cores put side by side equal the whole-image result 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,11 @@ from histoseg_fast.errors import UsageError
 
 CORE_SHARE = 0.7
 """Of the pixels of a large tile at least so many are its core."""
-MAX_BAND_BYTES = 1 << 28
-"""A row of large tiles may take so much memory: images wider than that allows are cut with the smaller ones."""
+MAX_BAND_BYTES = 5 << 26
+"""A row of large tiles may take so much memory: wider images are cut by smaller ones."""
 
 Core = tuple[int, int, int, int]
-"""Top, left, bottom, right inside a tile, ends excluded."""
+"""Top, left, bottom, right, ends excluded."""
 
 
 def padded_length(length: int, stride: int) -> int:
@@ -78,6 +79,21 @@ def split_axis(length: int, tile: int, halo: int, stride: int) -> tuple[Span, ..
     return tuple(Span(s, s + outer, cores[i], cores[i + 1]) for i, s in enumerate(starts))
 
 
+def split_interval(first: int, end: int, length: int, tile: int, halo: int, stride: int) -> tuple[Span, ...]:
+    """As `split_axis`, for the pixels [first, end) of an axis of `length` alone: multiples of the stride, or its ends.
+
+    Cores cover just these pixels, or, at the far end, some more before them: see `least_tile`.
+    """
+    padded = padded_length(length, stride)
+    if end == length:
+        first = min(first, max(padded - 2 * stride, 0))
+    outer, outer_end = max(first - halo, 0), min(padded_length(end, stride) + halo, padded)
+    return tuple(
+        Span(s.outer + outer, s.outer_end + outer, max(s.core + outer, first), min(s.core_end + outer, end))
+        for s in split_axis(outer_end - outer, tile, halo, stride)
+    )
+
+
 def least_tile(halo: int, stride: int) -> int:
     """The smallest tile, in pixels, that leaves a core of two strides between its halos.
 
@@ -103,41 +119,80 @@ def large_tile(tile: int, halo: int, stride: int) -> int:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of one image: every row span with every column span, in raster order."""
+    """The tiles of one image in raster order: rows, and the columns of each. What no core covers is glass, not run."""
 
     height: int
     width: int
     rows: tuple[Span, ...]
-    columns: tuple[Span, ...]
+    columns: tuple[tuple[Span, ...], ...]
 
     @classmethod
     def cover(cls, height: int, width: int, tile: int, halo: int, stride: int) -> TileGrid:
-        """The grid for an image of `height` x `width` pixels; see `split_axis`."""
-        return cls(height, width, split_axis(height, tile, halo, stride), split_axis(width, tile, halo, stride))
+        """The grid that covers an image of `height` x `width` pixels; see `split_axis`."""
+        rows, columns = split_axis(height, tile, halo, stride), split_axis(width, tile, halo, stride)
+        return cls(height, width, rows, (columns,) * len(rows))
 
     @property
-    def tile_shape(self) -> tuple[int, int]:
-        """(height, width) of every tile, halo included."""
-        return self.rows[0].outer_end - self.rows[0].outer, self.columns[0].outer_end - self.columns[0].outer
+    def tiles(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.columns))
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether each row is one tile that reads all of the image's width."""
+        return all(
+            len(spans) == 1 and spans[0].outer == 0 and spans[0].outer_end >= self.width for spans in self.columns
+        )
+
+    def tile_shape(self, row: int, column: int) -> tuple[int, int]:
+        """(height, width) of a tile, halo included."""
+        down, across = self.rows[row], self.columns[row][column]
+        return down.outer_end - down.outer, across.outer_end - across.outer
 
     def core(self, row: int, column: int) -> Core:
         """The part of tile (row, column) that is kept, in the tile's own coordinates."""
-        down, across = self.rows[row], self.columns[column]
+        down, across = self.rows[row], self.columns[row][column]
         top, left = down.core - down.outer, across.core - across.outer
         return top, left, down.core_end - down.outer, across.core_end - across.outer
+
+    def glass(self) -> Iterator[Core]:
+        """What no core covers, as rectangles of the image."""
+        bottom = 0
+        for down, columns in zip(self.rows, self.columns, strict=True):
+            if bottom < down.core:
+                yield bottom, 0, down.core, self.width
+            bottom, right = down.core_end, 0
+            for across in columns:
+                if right < across.core:
+                    yield down.core, right, down.core_end, across.core
+                right = across.core_end
+            if right < self.width:
+                yield down.core, right, down.core_end, self.width
+        if bottom < self.height:
+            yield bottom, 0, self.height, self.width
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images are cut: by tiles of `tile` pixels a side, halo included; by `large` ones where those cut them."""
+    """How images are cut: by tiles of `tile` pixels a side, halo included; up to `large` ones where those cut them.
+
+    fitted : whether the tiles of slides fit around tissue, of many shapes; else they are those of the grid that covers
+    the slide, all of one shape.
+    """
 
     tile: int
     large: int
     halo: int
     stride: int
+    fitted: bool = False
+
+    def side(self, height: int, width: int) -> int:
+        """The tile size for an image. Its result does not depend on the choice."""
+        if max(height, width) <= self.tile:
+            return self.tile
+        most = MAX_BAND_BYTES // (3 * padded_length(width, self.stride)) // self.stride * self.stride
+        return max(self.tile, min(self.large, most))
 
     def grid(self, height: int, width: int) -> TileGrid:
-        """The grid for an image of `height` x `width` pixels. Its result does not depend on the choice."""
-        cut = max(height, width) > self.tile
-        large = cut and 3 * self.large * padded_length(width, self.stride) <= MAX_BAND_BYTES
-        return TileGrid.cover(height, width, self.large if large else self.tile, self.halo, self.stride)
+        """The grid that covers an image of `height` x `width` pixels."""
+        return TileGrid.cover(height, width, self.side(height, width), self.halo, self.stride)

@@ -109,7 +109,7 @@ def make_stream(engine: Engine, folder: Path, out: Path, manifest: Manifest, **o
     outputs = Outputs(out, PAPER_PALETTE, postprocess=steps, **wanted)
     sources = options.pop("sources", None) or find_sources([str(folder)], out)
     tile, halo, stride = options.pop("tile", 64), options.pop("halo", 0), options.pop("stride", 1)
-    tiling = Tiling(tile, options.pop("large", tile), halo, stride)
+    tiling = Tiling(tile, options.pop("large", tile), halo, stride, options.pop("fitted", False))
     return Stream(engine, sources, outputs, manifest, **{"tiling": tiling, "key": "k", **options})
 
 

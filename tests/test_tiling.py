@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from histoseg_fast.errors import UsageError
 from histoseg_fast.tiling import (
     CORE_SHARE,
+    Span,
     TileGrid,
     Tiling,
     check_tile,
@@ -21,6 +22,7 @@ from histoseg_fast.tiling import (
     padded_length,
     reflect_indices,
     split_axis,
+    split_interval,
 )
 
 SETTINGS = settings(deadline=None, max_examples=400)
@@ -126,8 +128,11 @@ def test_the_least_tile_is_named_and_works(strides_of_halo, stride):
 @given(st.integers(1, 700), st.integers(1, 700))
 def test_a_grid_is_both_axes(height, width):
     grid = TileGrid.cover(height, width, 64, 8, 2)
-    assert (grid.rows, grid.columns) == (split_axis(height, 64, 8, 2), split_axis(width, 64, 8, 2))
-    assert grid.tile_shape == (grid.rows[-1].outer_end - grid.rows[-1].outer, grid.columns[0].outer_end)
+    rows, columns = split_axis(height, 64, 8, 2), split_axis(width, 64, 8, 2)
+    assert grid.rows == rows and grid.columns == (columns,) * len(rows)
+    assert grid.tile_shape(0, 0) == (rows[-1].outer_end - rows[-1].outer, columns[0].outer_end)
+    assert grid.tiles == len(rows) * len(columns) and list(grid.glass()) == []
+    assert grid.whole_rows == (len(columns) == 1)
 
 
 @SETTINGS
@@ -145,6 +150,40 @@ def test_large_tiles_are_for_images_that_others_cut(height, width, strides_of_ha
 def test_large_tiles_of_the_shipped_halos_and_widths():
     assert large_tile(1152, 160, 32) == 1984 and large_tile(1152, 26, 2) == 1152
     tiling = Tiling(1152, 1984, 160, 32)
-    assert tiling.grid(720, 1128).tile_shape == (736, 1152)
-    assert tiling.grid(1500, 1500).tile_shape == (1504, 1504)
-    assert max(tiling.grid(100_000, 100_000).tile_shape) <= 1152 < max(tiling.grid(100_000, 40_000).tile_shape)
+    assert tiling.grid(720, 1128).tile_shape(0, 0) == (736, 1152)
+    assert tiling.grid(1500, 1500).tile_shape(0, 0) == (1504, 1504)
+    assert [tiling.side(100_000, width) for width in (40_000, 60_000, 100_000)] == [1984, 1856, 1152]
+
+
+@SETTINGS
+@given(axes(), st.data())
+def test_an_interval_is_covered_as_an_axis_is(axis, data):
+    length, tile, halo, stride = axis
+    places = st.integers(0, length // stride)
+    first = stride * data.draw(places.filter(lambda i: i * stride < length))
+    end = min(length, stride * data.draw(st.integers(first // stride + 1, -(-length // stride))))
+    spans = split_interval(first, end, length, tile, halo, stride)
+    padded = padded_length(length, stride)
+    begin = min(first, max(padded - 2 * stride, 0)) if end == length else first
+    assert spans[0].core == begin and spans[-1].core_end == end
+    assert all(a.core_end == b.core for a, b in itertools.pairwise(spans))
+    for span in spans:
+        assert span.outer % stride == span.outer_end % stride == 0 and 0 <= span.outer < span.outer_end <= padded
+        assert span.outer_end - span.outer <= tile and span.core < span.core_end
+        assert span.outer == 0 or span.core - span.outer >= halo
+        assert span.outer_end == padded or span.outer_end - span.core_end >= halo
+        if span.outer_end == padded:  # what is reflected lies in the tile
+            assert span.outer <= max(2 * length - padded - 1, 0)
+    if (first, end) == (0, length):
+        assert spans == split_axis(length, tile, halo, stride)
+
+
+def test_glass_is_what_no_core_covers():
+    rows = (Span(0, 8, 2, 6), Span(6, 16, 8, 14))
+    grid = TileGrid(20, 30, rows, ((Span(0, 8, 0, 4), Span(8, 16, 10, 14)), (Span(20, 30, 22, 30),)))
+    covered = np.zeros((20, 30), int)
+    covered[2:6, 0:4] = covered[2:6, 10:14] = covered[8:14, 22:30] = 1
+    for top, left, bottom, right in grid.glass():
+        assert top < bottom and left < right
+        covered[top:bottom, left:right] += 1
+    assert (covered == 1).all() and not grid.whole_rows and grid.tiles == 3

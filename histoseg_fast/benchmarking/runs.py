@@ -131,11 +131,12 @@ def batches(work: Work, device: str, shapes: Iterable[Shape], batch: int) -> lis
     made: list[tuple[int, int, int]] = []
     for height, width in shapes:
         grid = tiling.grid(height, width)
-        for _ in range(len(grid.rows) * len(grid.columns)):
-            if made and made[-1][1:] == grid.tile_shape and made[-1][0] < batch:
-                made[-1] = (made[-1][0] + 1, *grid.tile_shape)
+        shape = grid.tile_shape(0, 0)
+        for _ in range(grid.tiles):
+            if made and made[-1][1:] == shape and made[-1][0] < batch:
+                made[-1] = (made[-1][0] + 1, *shape)
             else:
-                made.append((1, *grid.tile_shape))
+                made.append((1, *shape))
     return made
 
 

@@ -87,6 +87,6 @@ def tile_sizes(work: Work, shapes: Sequence[Shape]) -> list[int]:
         if least_tile(plan.halo, plan.stride) <= tile <= MAX_TILE:
             kept.append(tile)
             grids = [TileGrid.cover(*shape, tile, plan.halo, plan.stride) for shape in shapes]
-            if all(len(grid.rows) == len(grid.columns) == 1 for grid in grids):
+            if all(grid.tiles == 1 for grid in grids):
                 break
     return kept

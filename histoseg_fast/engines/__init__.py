@@ -132,7 +132,7 @@ def over_tiles(
     padded = pad_to_stride(image, stride)
     logits = np.empty((classes, grid.height, grid.width), np.float32)
     for i, row in enumerate(grid.rows):
-        for j, column in enumerate(grid.columns):
+        for j, column in enumerate(grid.columns[i]):
             top, left, bottom, right = grid.core(i, j)
             found = run(padded[row.outer : row.outer_end, column.outer : column.outer_end])
             logits[:, row.core : row.core_end, column.core : column.core_end] = found[:, top:bottom, left:right]

@@ -19,7 +19,7 @@ from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.pipeline.tissue import Overview, Tissue, find_tissue
 from histoseg_fast.postprocess import NO_STEPS
-from histoseg_fast.tiling import TileGrid, reflect_indices
+from histoseg_fast.tiling import TileGrid, Tiling, reflect_indices
 
 CONFIDENCE_ONE = 65535
 """The stitcher sums confidences as integers in this unit, so that sums do not depend on the tiles' order."""
@@ -65,12 +65,10 @@ class Job:
     With post-processing, which looks at the whole image, its bands are views of one array that is kept until the last
     is there; an image that is too large for a step goes without it, which `warnings` say.
 
-    Of a slide, tiles without tissue never enter the pipeline: their pixels are background by definition. Bands exist
-    for the rows of tiles that hold some tissue; `write` puts glass in between, and `glass_band` stands for a slide
-    of nothing else.
+    Of a slide, glass never enters the pipeline: its pixels are background by definition. Bands exist for the rows of
+    tiles that hold some tissue; `write` puts glass in between, and `glass_band` stands for a slide of nothing else.
 
-    writer : which of the stream's writers has it. tissue_tiles : bool (rows, columns) of the grid, which tiles are run;
-    all, until `look_for_glass`.
+    writer : which of the stream's writers has it. grid : covers the image, until `look_for_glass`.
     """
 
     source: Source
@@ -92,7 +90,6 @@ class Job:
         self._whole: Pixels | None = None
         self._bands: dict[int, Band] = {}
         self._writers: dict[str, Writer] = {}
-        self.tissue_tiles = np.ones((len(self.grid.rows), len(self.grid.columns)), bool)
         self._overview: Overview | None = None
         self._tissue: Tissue | None = None
         self._next_row = 0
@@ -110,7 +107,7 @@ class Job:
             warnings.append(f"post-processed with {self._steps}, not {wanted}: it has {pixels} pixels")
         return warnings
 
-    def look_for_glass(self) -> None:
+    def look_for_glass(self, tiling: Tiling) -> None:
         """Read the overview of a slide and choose the tiles that are run; before any of them is.
 
         Raises ImageError.
@@ -122,20 +119,19 @@ class Job:
                 self._tissue = Tissue.everywhere(height, width)
             else:
                 self._tissue = find_tissue(overview, self.outputs.tissue_threshold)
-            self.tissue_tiles = self._tissue.tiles(self.grid)
+            self.grid = self._tissue.grid(height, width, tiling)
         if overview is not None:  # the large one is not kept
             self._overview = overview.shrunk(overview_step(*overview.rgb.shape[:2]))
 
     @cached_property
     def rows(self) -> list[int]:
         """The rows of the grid that hold tissue; the others are neither read nor run."""
-        return [int(row) for row in np.flatnonzero(self.tissue_tiles.any(axis=1))]
+        return [row for row, columns in enumerate(self.grid.columns) if columns]
 
     @cached_property
     def glass_pixels(self) -> int:
-        """Pixels in the cores of tiles that are not run."""
-        heights, widths = ([span.core_end - span.core for span in axis] for axis in (self.grid.rows, self.grid.columns))
-        return int((np.outer(heights, widths) * ~self.tissue_tiles).sum())
+        """Pixels that are not run."""
+        return sum((bottom - top) * (right - left) for top, left, bottom, right in self.grid.glass())
 
     def fail(self, error: HistosegError) -> bool:
         """Record the first error of this image; whether this was it."""
@@ -162,19 +158,17 @@ class Job:
 
     def _columns(self, row: int) -> list[tuple[int, int]] | None:
         """The spans of pixels that the tiles of `row` need, halos included; None for all of them."""
-        if self.tissue_tiles[row].all():
-            return None
         spans: list[tuple[int, int]] = []
-        for column in np.flatnonzero(self.tissue_tiles[row]).tolist():
-            first, end = self.grid.columns[column].outer, min(self.grid.columns[column].outer_end, self.grid.width)
+        for across in self.grid.columns[row]:
+            first, end = across.outer, min(across.outer_end, self.grid.width)
             if spans and first <= spans[-1][1]:
                 first = spans.pop()[0]
             spans.append((first, end))
-        return spans
+        return None if spans == [(0, self.grid.width)] else spans
 
     def stitch(self, tile: Tile, slot: Slot, index: int) -> Band | None:
         """Crop and paste `tile`, which is done at place `index` of `slot`; the band, once it is whole."""
-        row, core, columns = tile.row, tile.core, self.grid.columns[tile.column]
+        row, core, columns = tile.row, tile.core, self.grid.columns[tile.row][tile.column]
         band = self._bands.get(row) or self._new_band(row)
         target = slice(columns.core, columns.core_end)
         pixels = band.pixels
@@ -195,16 +189,17 @@ class Job:
         return self._bands.pop(row, None) if band.missing == 0 else None  # None too if it was abandoned meanwhile
 
     def _new_band(self, row: int) -> Band:
-        rows, tiles = self.grid.rows[row], self.tissue_tiles[row]
+        rows, columns = self.grid.rows[row], self.grid.columns[row]
         height = rows.core_end - rows.core
+        partly = sum(across.core_end - across.core for across in columns) < self.grid.width
         if self._steps == NO_STEPS:
-            pixels = self._allocate(height, glass=not tiles.all())
+            pixels = self._allocate(height, glass=partly)
         else:
             glass = self.glass_pixels > 0
             whole = self._whole = self._whole or self._allocate(self.grid.height, glass=glass)
             pixels = whole.rows(rows.core, rows.core_end)
-        probabilities = self._allocate_probabilities(height, glass=not tiles.all())
-        self._bands[row] = Band(row, pixels, probabilities, int(tiles.sum()))
+        probabilities = self._allocate_probabilities(height, glass=partly)
+        self._bands[row] = Band(row, pixels, probabilities, len(columns))
         return self._bands[row]
 
     def glass_band(self) -> Band:
@@ -272,9 +267,8 @@ class Job:
         else:
             assert whole.rgb is not None
             classes = self._steps.apply(whole.rgb, whole.logits).ids
-        for row, column in np.argwhere(~self.tissue_tiles):
-            down, across = self.grid.rows[row], self.grid.columns[column]
-            classes[down.core : down.core_end, across.core : across.core_end] = 0
+        for top, left, bottom, right in self.grid.glass():
+            classes[top:bottom, left:right] = 0
         self.counts = np.array([np.count_nonzero(classes == i) for i in range(len(self.counts))], np.uint64)
         return replace(whole, classes=classes)
 

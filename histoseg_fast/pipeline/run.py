@@ -243,10 +243,10 @@ def open_stream_engine(plan: Plan, images: int, options: InferOptions, report: C
 
 
 def make_tiling(plan: Plan, options: InferOptions, device: str) -> Tiling:
-    """How `infer` cuts images on a device. A GPU's engines are built for tiles of one size."""
+    """How `infer` cuts images on a device. A GPU wants batches of one shape, in the size its engine was built for."""
     tile, halo, stride = options.tile or plan.tile, plan.halo, plan.stride
     large = large_tile(tile, halo, stride) if options.tile == 0 and device == "cpu" else tile
-    return Tiling(tile, large, halo, stride)
+    return Tiling(tile, large, halo, stride, fitted=device == "cpu")
 
 
 def make_stream(

@@ -27,7 +27,7 @@ from histoseg_fast.pipeline.outputs import Ledger, Outputs
 from histoseg_fast.pipeline.ring import Ring, Stopped, Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.pipeline.totals import Totals
-from histoseg_fast.tiling import Tiling
+from histoseg_fast.tiling import Tiling, padded_length
 
 QUEUED_BANDS = 2
 """Bands that may wait for a writer."""
@@ -192,19 +192,18 @@ class Stream:
 
     def _read_bands(self, job: Job) -> None:
         """Fill the job's tiles in raster order, glass left out; a single tile is decoded straight into its slot."""
-        grid = job.grid
-        height, width = grid.tile_shape
         if job.image.slide:
             with _Timer(job, "read"), _enough_memory(job.source):
-                job.look_for_glass()
+                job.look_for_glass(self.tiling)
+        grid = job.grid
         if not job.rows:
             job.image.close()
             return self._hand_over(job, job.glass_band())
-        if len(grid.columns) == 1:
+        if grid.whole_rows:
             for row in job.rows:
                 if self._given_up(job):
                     return
-                batch, index, place = self._ring.take((height, width))
+                batch, index, place = self._ring.take(grid.tile_shape(row, 0))
                 tile = None
                 try:
                     self._read_band(job, row, place)
@@ -212,15 +211,16 @@ class Stream:
                 finally:
                     self._ring.fill(batch, index, tile)
             return
+        height = max(down.outer_end - down.outer for down in grid.rows)
         with _enough_memory(job.source):
-            band = np.empty((height, grid.columns[-1].outer_end, 3), np.uint8)
+            rows = np.empty((height, padded_length(grid.width, self.tiling.stride), 3), np.uint8)
         for row in job.rows:
+            band = rows[: grid.rows[row].outer_end - grid.rows[row].outer]
             self._read_band(job, row, band)
-            for column in np.flatnonzero(job.tissue_tiles[row]).tolist():
+            for column, span in enumerate(grid.columns[row]):
                 if self._given_up(job):
                     return
-                span = grid.columns[column]
-                batch, index, place = self._ring.take((height, width))
+                batch, index, place = self._ring.take(grid.tile_shape(row, column))
                 place[...] = band[:, span.outer : span.outer_end]
                 self._ring.fill(batch, index, Tile(job, row, column, grid.core(row, column)))
 

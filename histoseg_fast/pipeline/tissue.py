@@ -17,7 +17,7 @@ import numpy as np
 
 from histoseg_fast.images import ImageSource
 from histoseg_fast.images.overview import overview_step, shrink
-from histoseg_fast.tiling import TileGrid
+from histoseg_fast.tiling import Span, TileGrid, Tiling, padded_length, split_interval
 
 DEFAULT_THRESHOLD = 0.03
 """Optical density under which a pixel is glass: of white 243, what is darker than 227 in no channel."""
@@ -56,15 +56,39 @@ class Tissue:
         step = overview_step(height, width, OVERVIEW_SIDE)
         return cls(np.ones((-(-height // step), -(-width // step)), bool), step)
 
-    def tiles(self, grid: TileGrid) -> np.ndarray:
-        """bool (rows, columns): whether the core of each tile of `grid` holds any tissue."""
-        rows = np.stack([self._any(self.mask, span.core, span.core_end, 0) for span in grid.rows])
-        return np.stack([self._any(rows, span.core, span.core_end, 1) for span in grid.columns], axis=1)
+    def grid(self, height: int, width: int, tiling: Tiling) -> TileGrid:
+        """The tiles of a slide of this size whose cores cover all tissue."""
+        whole = tiling.grid(height, width)
+        if not tiling.fitted or not self.mask.any():
+            columns = [
+                tuple(span for span in whole.columns[0] if self._row(down)[self._places(span)].any())
+                for down in whole.rows
+            ]
+            return TileGrid(height, width, whole.rows, tuple(columns))
+        side = tiling.side(height, width)
+        rows = self._split(np.asarray(self.mask.any(axis=1)), height, side, tiling)
+        return TileGrid(height, width, rows, tuple(self._split(self._row(down), width, side, tiling) for down in rows))
 
-    def _any(self, mask: np.ndarray, first: int, end: int, axis: int) -> np.ndarray:
-        """Whether any mask pixel that pixels `first` to before `end` lie on is set; an empty span has none."""
-        places = np.arange(first // self.step, -(-end // self.step) if end > first else first // self.step)
-        return np.asarray(mask.take(places, axis).any(axis))
+    def _row(self, down: Span) -> np.ndarray:
+        """bool (mask width,): whether any mask pixel on the core of a row of tiles is set."""
+        return np.asarray(self.mask[self._places(down)].any(axis=0))
+
+    def _places(self, span: Span) -> slice:
+        """The mask pixels that a core lies on; an empty one on none."""
+        first, end = span.core, span.core_end
+        return slice(first // self.step, -(-end // self.step) if end > first else first // self.step)
+
+    def _split(self, mask: np.ndarray, length: int, side: int, tiling: Tiling) -> tuple[Span, ...]:
+        """Tiles along an axis of `length` that cover what is set in `mask`, bool (mask length,)."""
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        runs: list[tuple[int, int]] = []
+        for first, end in edges.reshape(-1, 2) * self.step:
+            first, end = first // tiling.stride * tiling.stride, min(padded_length(end, tiling.stride), length)
+            if runs and first - runs[-1][1] <= 2 * tiling.halo:  # two halos would cost as much as what lies between
+                first = runs.pop()[0]
+            runs.append((int(first), int(end)))
+        shape = side, tiling.halo, tiling.stride
+        return tuple(span for first, end in runs for span in split_interval(first, end, length, *shape))
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ def test_gather_is_slicing(case):
 def test_gather_cuts_the_grid_of_an_image(height, width):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     grid = TileGrid.cover(height, width, 64, 8, 4)
-    origins = [[row.outer, column.outer] for row in grid.rows for column in grid.columns]
+    origins = [[row.outer, column.outer] for row in grid.rows for column in grid.columns[0]]
     padded = pad_to_stride(image, 4)
-    case = GatherCase(image, np.array(origins, np.int32), grid.tile_shape)
+    case = GatherCase(image, np.array(origins, np.int32), grid.tile_shape(0, 0))
     check_gather(HOST, case)
     check_gather(HOST, GatherCase(padded, case.origins, case.shape))  # no pixel of any tile lies beyond the padding
 

@@ -27,7 +27,7 @@ from histoseg_fast.pipeline.job import NO_OVERVIEW
 from histoseg_fast.pipeline.records import Manifest
 from histoseg_fast.pipeline.tissue import Tissue
 from histoseg_fast.plan import Plan
-from histoseg_fast.tiling import TileGrid
+from histoseg_fast.tiling import TileGrid, Tiling
 
 UNREAD = 77
 """What a slide of the tests leaves in the pixels that were not asked for."""
@@ -75,14 +75,15 @@ def engine(tiny_plan: Plan) -> Iterator[Engine]:
         yield opened
 
 
-def kept_pixels(mask: np.ndarray, step: int, grid: TileGrid) -> np.ndarray:
-    """bool (height, width), the plain way: the cores of tiles that hold a pixel of tissue."""
+def kept_pixels(mask: np.ndarray, step: int, grid: TileGrid, fitted: bool) -> np.ndarray:
+    """bool (height, width), the plain way: the cores of tiles that hold a pixel of tissue; of fitted ones all do."""
     tissue = mask.repeat(step, 0).repeat(step, 1)[: grid.height, : grid.width]
     kept = np.zeros_like(tissue)
-    for row in grid.rows:
-        for column in grid.columns:
+    for row, columns in zip(grid.rows, grid.columns, strict=True):
+        for column in columns:
             core = slice(row.core, row.core_end), slice(column.core, column.core_end)
-            kept[core] = tissue[core].any()
+            kept[core] = fitted or tissue[core].any()
+    assert kept[tissue].all()
     return kept
 
 
@@ -92,25 +93,29 @@ def kept_pixels(mask: np.ndarray, step: int, grid: TileGrid) -> np.ndarray:
     tile=st.integers(20, 120),
     batch=st.integers(1, 4),
     readers=st.integers(1, 2),
+    fitted=st.booleans(),
     step=st.integers(1, 40),
     density=st.sampled_from([0.0, 0.01, 0.1, 1.0]),
     seed=st.integers(0, 99),
 )
-@example(size=(200, 90), tile=20, batch=3, readers=1, step=9, density=0.0, seed=0)  # nothing but glass
-@example(size=(300, 20), tile=20, batch=3, readers=1, step=30, density=0.3, seed=3)  # one column of tiles
-@example(size=(20, 300), tile=20, batch=2, readers=1, step=30, density=0.3, seed=3)  # one row
-@example(size=(1, 1), tile=20, batch=1, readers=1, step=1, density=0.0, seed=0)  # one tile, glass
-@example(size=(1, 1), tile=20, batch=1, readers=1, step=1, density=1.0, seed=0)
+@example(size=(200, 90), tile=20, batch=3, readers=1, fitted=False, step=9, density=0.0, seed=0)  # nothing but glass
+@example(size=(300, 20), tile=20, batch=3, readers=1, fitted=False, step=30, density=0.3, seed=3)  # one column of tiles
+@example(size=(20, 300), tile=20, batch=2, readers=1, fitted=False, step=30, density=0.3, seed=3)  # one row
+@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=0.0, seed=0)  # one tile, glass
+@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=1.0, seed=0)
+@example(size=(200, 90), tile=20, batch=3, readers=1, fitted=True, step=9, density=0.0, seed=0)
+@example(size=(300, 299), tile=60, batch=3, readers=2, fitted=True, step=40, density=0.1, seed=1)
 def test_tissue_is_bit_identical_and_glass_is_background(
-    tiny_plan, engine, slides, size, tile, batch, readers, step, density, seed
+    tiny_plan, engine, slides, size, tile, batch, readers, fitted, step, density, seed
 ):
     height, width = size
     rng = np.random.default_rng(seed)
     mask = rng.random((-(-height // step), -(-width // step))) < density
-    grid = TileGrid.cover(height, width, tile, tiny_plan.halo, tiny_plan.stride)
-    kept, rgb = kept_pixels(mask, step, grid), picture(seed, height, width)
+    tiling = Tiling(tile, tile, tiny_plan.halo, tiny_plan.stride, fitted)
+    grid = Tissue(mask, step).grid(height, width, tiling) if fitted else tiling.grid(height, width)
+    kept, rgb = kept_pixels(mask, step, grid, fitted), picture(seed, height, width)
     options = {"stride": tiny_plan.stride, "halo": tiny_plan.halo, "tile": tile, "batch": batch, "readers": readers}
-    options |= {"probabilities": True, "overlay": True}
+    options |= {"probabilities": True, "overlay": True, "fitted": fitted}
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder, plain, out = Path(name, "in"), Path(name, "plain"), Path(name, "out")
         write_png(folder / "a.png", rgb)
@@ -141,9 +146,9 @@ def test_tissue_is_bit_identical_and_glass_is_background(
 def check_reads(slide: Slide, kept: np.ndarray, grid: TileGrid) -> None:
     """Exactly the rows of tiles with tissue were read, and in them the columns that their tiles reach."""
     expected = []
-    for row in grid.rows:
+    for row, columns in zip(grid.rows, grid.columns, strict=True):
         wanted = np.zeros(grid.width, bool)
-        for column in grid.columns:
+        for column in columns:
             if kept[row.core : row.core_end, column.core : column.core_end].any():
                 wanted[column.outer : column.outer_end] = True
         if wanted.any():

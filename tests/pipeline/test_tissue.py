@@ -15,7 +15,7 @@ from histoseg_fast.images.overview import shrink
 from histoseg_fast.labels import decode
 from histoseg_fast.pipeline import tissue as tissue_module
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, Overview, Tissue, find_tissue, white_level
-from histoseg_fast.tiling import TileGrid
+from histoseg_fast.tiling import TileGrid, Tiling
 
 PALE_STROMA, PINK, PURPLE, PALE_BLUE = (236, 214, 230), (226, 170, 205), (120, 60, 160), (214, 214, 240)
 STEP = 16
@@ -80,14 +80,44 @@ def test_fine_overviews_are_shrunk_first():
     st.integers(0, 9),
 )
 def test_tiles_with_tissue_in_their_core_are_kept(height, width, tile, halo, step, seed):
-    grid = TileGrid.cover(height, width, tile, halo, 4)
+    grid, tiling = TileGrid.cover(height, width, tile, halo, 4), Tiling(tile, tile, halo, 4)
     mask = np.random.default_rng(seed).random((-(-height // step), -(-width // step))) < 0.1
     full = mask.repeat(step, 0).repeat(step, 1)[:height, :width]
-    tiles = Tissue(mask, step).tiles(grid)
-    assert tiles.shape == (len(grid.rows), len(grid.columns))
-    for i, row in enumerate(grid.rows):
-        for j, column in enumerate(grid.columns):
-            assert tiles[i, j] == full[row.core : row.core_end, column.core : column.core_end].any()
+    found = Tissue(mask, step).grid(height, width, tiling)
+    assert found.rows == grid.rows
+    for row, columns, kept in zip(grid.rows, grid.columns, found.columns, strict=True):
+        tissue = full[row.core : row.core_end]
+        assert kept == tuple(column for column in columns if tissue[:, column.core : column.core_end].any())
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(40, 90),
+    st.integers(0, 4),
+    st.integers(1, 30),
+    st.integers(0, 9),
+    st.sampled_from([0, 0.01, 0.1, 1]),
+)
+def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile, halo, step, seed, density):
+    mask = np.random.default_rng(seed).random((-(-height // step), -(-width // step))) < density
+    full = mask.repeat(step, 0).repeat(step, 1)[:height, :width]
+    grid = Tissue(mask, step).grid(height, width, Tiling(tile, tile, 4 * halo, 4, fitted=True))
+    covered = np.zeros((height, width), int)
+    for row, columns in zip(grid.rows, grid.columns, strict=True):
+        for column in columns:
+            core = slice(row.core, row.core_end), slice(column.core, column.core_end)
+            covered[core] += 1
+            sides = row.outer_end - row.outer, column.outer_end - column.outer
+            assert max(sides) <= tile and full[row.core : row.core_end].any()
+    assert covered.max(initial=0) <= 1 and (covered[full] == 1).all()
+    if mask.any():
+        first, end = grid.rows[0].core, grid.rows[-1].core_end
+        assert (
+            full[first : first + 8].any() and full[end - 4 : end].any()
+        )  # no more than a stride, or two at the far end
+    else:
+        assert grid.tiles == 0 and grid.rows
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 40), st.integers(0, 9))
