@@ -53,9 +53,10 @@ class Elsewhere(Actor):
     """On its node the folder of results is another one."""
 
     def _start(self, setup: Setup, mark: str) -> Started:
-        other = Path(setup.out).with_name("other")
+        assert isinstance(setup.out, Path)
+        other = setup.out.with_name("other")
         other.mkdir()
-        return super()._start(replace(setup, out=str(other)), mark)
+        return super()._start(replace(setup, out=other), mark)
 
 
 class OtherVersion(Actor):

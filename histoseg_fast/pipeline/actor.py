@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from histoseg_fast import __version__
-from histoseg_fast.errors import HistosegError, UsageError
+from histoseg_fast.errors import UsageError
 from histoseg_fast.pipeline.outputs import Outputs
 from histoseg_fast.pipeline.records import is_complete
-from histoseg_fast.pipeline.remote import Staging
+from histoseg_fast.pipeline.remote import Remote, Staging
 from histoseg_fast.pipeline.run import (
     CPU_STREAMS,
     InferOptions,
@@ -37,16 +37,16 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What actors have to know. out : a folder, or a URL. cwd : the driver's, which relative paths start from. shared :
-    an input that must be in sight, if any is a file. urls : one, if any input is behind one. version : the driver's.
+    """What actors have to know. cwd : the driver's, which relative paths start from. shared : an input that must be in
+    sight, if any is a file. urls : whether any is behind a URL. version : the driver's.
     """
 
     plan: Plan
     options: InferOptions
-    out: str
+    out: Path | Remote
     cwd: str
     shared: list[Path]
-    urls: list[str]
+    urls: bool
     version: str = __version__
 
 
@@ -114,7 +114,7 @@ class Actor:
         name = order.source.name
         self._before[name] = order.before
         waiting = self._waiting[name] = self._loop.create_future()
-        self._orders.put(self._staging.copies.begin(order.source))
+        self._orders.put(order.source)
         return Answer(await waiting, self._take_lines())
 
     async def stop(self) -> None:
@@ -122,8 +122,8 @@ class Actor:
         self._stream.stop()
 
     async def close(self) -> None:
-        """Leave nothing behind on this machine."""
-        self._held.close()
+        """Leave nothing behind on this machine; the process is killed next."""
+        await asyncio.to_thread(self._held.close)
 
     def _take_lines(self) -> list[str]:
         lines, self._lines[:] = self._lines[:], []
@@ -141,18 +141,18 @@ class Actor:
         try:
             for path in setup.shared:
                 os.lstat(path)
-            self._staging = self._held.enter_context(Staging.open(setup.urls, setup.out))
-            if self._staging.remote is None:
-                self._staging.folder.joinpath(mark).touch()
+            if isinstance(setup.out, Path):
+                setup.out.joinpath(mark).touch()
         except OSError as error:
-            if isinstance(error, HistosegError):
-                raise
             told = f"is not to be had on {host}: {error.strerror or error}"
             raise UsageError(told, where=error.filename, fix=SHARE) from error
-        outputs = make_outputs(setup.plan, setup.options, self._staging.folder, Outputs, self._staging.remote)
         engine = open_stream_engine(setup.plan, CPU_STREAMS, setup.options, self._lines.append)
+        staging = self._held.enter_context(Staging.open(setup.out, setup.urls))
+        self._copies = staging.copies
+        outputs = make_outputs(setup.plan, setup.options, staging.folder, Outputs, staging.remote)
         progress = Progress(image=self._settle)
-        self._stream = make_stream(engine, setup.plan, self._sources(), outputs, self, setup.options, progress)
+        sources = self._copies.ahead(self._sources())
+        self._stream = make_stream(engine, setup.plan, sources, outputs, self, setup.options, progress)
         threading.Thread(target=self._run, name="stream", daemon=True).start()
         workers = self._stream.workers
         room = workers["read"] + workers["write"] + engine.depth * self._stream.batch + 1
@@ -189,7 +189,7 @@ class Actor:
     # -- on the loop -----------------------------------------------------------------------------------
 
     def _answer(self, entry: Entry) -> None:
-        self._staging.copies.over(entry)
+        self._copies.over(entry)
         del self._before[entry["input"]]
         self._waiting.pop(entry["input"]).set_result(entry)
 

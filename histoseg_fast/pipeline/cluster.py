@@ -136,10 +136,8 @@ class Cluster:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         options = replace(options, device="cuda" if crew.gpus else "cpu", threads=crew.threads)
-        shared = [source.path for source in sources if not source.url][:1]
-        urls = [source.url for source in sources if source.url][:1]
-        out = os.fspath(folder) if remote is None else remote.url
-        setup = Setup(plan, options, out, os.getcwd(), shared, urls)
+        shared = [source.path for source in sources if source.place is None][:1]
+        setup = Setup(plan, options, remote or folder, os.getcwd(), shared, any(source.place for source in sources))
         self._setup = ray.put(setup)
         self._actor: Any = ray.remote(Actor).options(
             num_cpus=crew.threads, num_gpus=crew.gpus, max_restarts=0, max_task_retries=0
@@ -246,7 +244,7 @@ class Cluster:
         """Kill all actors, once they have left nothing behind."""
         import ray
 
-        if farewells := [member.handle.close.remote() for member in self.members if member.started is not None]:
+        if farewells := [member.handle.close.remote() for member in self.members]:
             ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL_SECONDS)
         for member in list(self.members):
             self.dismiss(member)

@@ -102,9 +102,13 @@ class Outputs:
     def publish(self, paths: Iterable[str]) -> None:
         """Move files that are finished to where they stay. Raises ImageError."""
         if self.remote is not None:
-            for path in paths:
-                self.remote.put(self.folder / path, path)
-                (self.folder / path).unlink()
+            files = {path: self.folder / path for path in paths}
+            try:
+                for path, file in files.items():
+                    self.remote.put(file, path)
+            finally:
+                for file in files.values():
+                    file.unlink(missing_ok=True)
 
     def open_writer(self, kind: str, name: str, image: ImageSource, overview: Overview | None) -> Writer:
         """The writer of one of `paths`, not "tissue", of `image`. Raises ImageError (disk full, no permission)."""

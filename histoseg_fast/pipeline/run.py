@@ -27,9 +27,9 @@ from histoseg_fast.pipeline.records import (
     write_summary,
     writing,
 )
-from histoseg_fast.pipeline.remote import Copies, Remote, Staging
+from histoseg_fast.pipeline.remote import Remote, Staging
 from histoseg_fast.pipeline.shards import Shard, Share, take_share
-from histoseg_fast.pipeline.sources import Source, find_sources
+from histoseg_fast.pipeline.sources import Source, find_sources, is_url, presentable
 from histoseg_fast.pipeline.stream import Stream
 from histoseg_fast.pipeline.tissue import DEFAULT_THRESHOLD, MAX_THRESHOLD, MIN_THRESHOLD
 from histoseg_fast.pipeline.totals import Totals
@@ -56,7 +56,7 @@ MAX_GPU_READERS = 16
 
 @dataclass(frozen=True)
 class InferOptions:
-    """What `infer` can be told. tile: pixels a side, halo included (0: the plan's). batch: tiles in a batch (0: what
+    """What `infer` can be told. tile: pixels a side, halo included (0: what suits). batch: tiles in a batch (0: what
     suits the device). threads: CPU threads (0: all). geojson: how to outline the classes, None for no outlines.
     postprocess: as `Plan.choose_postprocess` reads it. mpp, level: the resolution to read at (see `Resolution`;
     neither: slides at the plan's). tissue_mask: whether glass on slides is skipped; tissue_threshold: as `find_tissue`
@@ -129,8 +129,9 @@ def infer(
     skipped. Raises UsageError (nothing to do, bad options, folder in use), EngineError, and ImageError when the outputs
     cannot be written at all.
     """
-    with Staging.open(inputs, str(out)) as staging:
-        return _infer(plan, inputs, staging, options, progress or Progress(), str(out))
+    place = Remote.open(str(out)) if is_url(str(out)) else Path(out)
+    with Staging.open(place, any(map(is_url, inputs))) as staging:
+        return _infer(plan, inputs, staging, options, progress or Progress(), presentable(str(out)))
 
 
 def _infer(
@@ -158,19 +159,17 @@ def _infer(
             stream: Any  # a Stream, or what stands for one
             if options.runner == "ray":
                 stream = make_fleet_stream(engine, plan, sources, outputs, manifest, options, progress)
-            elif watcher is None:
-                stream = make_copying_stream(
-                    engine, plan, sources, staging.copies, outputs, manifest, options, progress
-                )
             else:
-                stream = make_watching_stream(engine, plan, watcher, outputs, manifest, options, progress)
+                given = staging.copies.ahead(sources) if watcher is None else watcher.sources(manifest.entries)
+                over = staging.copies.over if watcher is None else watcher.over
+                stream = make_stream(engine, plan, given, outputs, manifest, options, _telling(over, progress))
 
             progress.start(engine, len(sources) if watcher is None else None, stream)
-            arguments = {"inputs": list(inputs), "out": shown, **asdict(options)}
+            arguments = {"inputs": [presentable(text) for text in inputs], "out": shown, **asdict(options)}
 
             def poll() -> None:
                 progress.poll()
-                staging.sync()
+                staging.sync(progress.report)
 
             try:
                 totals = stream.run(poll)
@@ -194,12 +193,24 @@ def _write_records(
     """Write summary.csv and run.json, of what is done so far; the latter's content."""
     mine = (entry for entry in manifest.entries.values() if entry.get("key") == stream.key)
     out = staging.folder
-    with writing(out):
-        write_summary(out, mine, plan.palette.names)
-        record = {"arguments": arguments, **_record(plan, stream, found, share, time.perf_counter() - started)}
-        write_run(out, record)
-    staging.end()
+    try:
+        with writing(out):
+            write_summary(out, mine, plan.palette.names)
+            record = {"arguments": arguments, **_record(plan, stream, found, share, time.perf_counter() - started)}
+            write_run(out, record)
+    finally:
+        staging.end()
     return record
+
+
+def _telling(over: Callable[[dict[str, Any]], None], progress: Progress) -> Progress:
+    """`progress`, with `over` called first for each image that is over."""
+
+    def image(entry: dict[str, Any]) -> None:
+        over(entry)
+        progress.image(entry)
+
+    return replace(progress, image=image)
 
 
 def _open_runner(
@@ -301,45 +312,6 @@ def make_fleet_stream(
 
     tiling, batch = make_tiling(plan, options, cluster.device), options.batch or cluster.batch
     return FleetStream(cluster, sources, outputs, manifest, progress, tiling=tiling, batch=batch)
-
-
-def make_copying_stream(
-    engine: Engine,
-    plan: Plan,
-    sources: Sequence[Source],
-    copies: Copies,
-    outputs: Outputs,
-    manifest: Manifest,
-    options: InferOptions,
-    progress: Progress,
-) -> Stream:
-    """The stream of `infer` over files and URLs."""
-
-    def over(entry: dict[str, Any]) -> None:
-        copies.over(entry)
-        progress.image(entry)
-
-    return make_stream(engine, plan, copies.ahead(sources), outputs, manifest, options, replace(progress, image=over))
-
-
-def make_watching_stream(
-    engine: Engine,
-    plan: Plan,
-    watcher: Watcher,
-    outputs: Outputs,
-    manifest: Manifest,
-    options: InferOptions,
-    progress: Progress,
-) -> Stream:
-    """The stream of `infer` over what a watched folder gives."""
-
-    def over(entry: dict[str, Any]) -> None:
-        watcher.over(entry)
-        progress.image(entry)
-
-    return make_stream(
-        engine, plan, watcher.sources(manifest.entries), outputs, manifest, options, replace(progress, image=over)
-    )
 
 
 def _record(plan: Plan, stream: Stream, found: int, share: Share | None, wall: float) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def take_share(sources: Sequence[Source], shard: Shard) -> Share:
 
 
 def _pixels(source: Source, folders: Folders) -> tuple[int, bool]:
-    """As `image_pixels`; of what is behind a URL, from its bytes."""
-    return (PIXELS_A_BYTE * source.bytes, False) if source.url else image_pixels(source.path, folders)
+    """As `image_pixels`; what is behind a URL goes by its bytes, and is no exception."""
+    return image_pixels(source.path, folders) if source.place is None else (PIXELS_A_BYTE * source.bytes, True)
 
 
 def deal(weights: Iterable[tuple[str, int]], of: int) -> dict[str, int]:

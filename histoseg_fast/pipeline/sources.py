@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from histoseg_fast.images import SLIDE_SUFFIXES, SUFFIXES, ImageSource, Resoluti
 from histoseg_fast.images.array import ArraySource
 from histoseg_fast.images.companions import OF_SEVERAL_FILES, Folders
 from histoseg_fast.pipeline.records import MANIFEST, OUTPUT_FOLDERS
+
+if TYPE_CHECKING:
+    from histoseg_fast.pipeline.remote import Remote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Path makes one slash of two. Windows has drives of one letter."""
@@ -31,29 +34,35 @@ FOREIGN, FOREIGN_FIX = "holds {} that no run wrote", "choose another --out"
 class Source:
     """One input: `path` to read, `name` (relative, posix) in manifest and summary, `stem` that its outputs share.
 
-    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file. url, bytes : where it lies, and its size, if
-    that is behind a URL; `path` is then its copy here, once there is one. fetched : waits for that; raises ImageError.
+    pixels : the image itself, RGB uint8 (H, W, 3), where it is no file. place, bytes : where it lies, and its size, if
+    that is behind a URL; `path` is then its copy here, once there is one. fetched : waits for that, unless what it is
+    given says that it is no longer wanted; whether it is there. Raises ImageError.
     """
 
     path: Path
     name: str
     stem: str
     pixels: np.ndarray | None = field(default=None, compare=False, repr=False)
-    url: str = ""
+    place: Remote | None = None
     bytes: int = 0
-    fetched: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    fetched: Callable[[Callable[[], bool]], bool] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Its URL, "" where it has none."""
+        return "" if self.place is None else self.place.url
 
     @property
     def shown(self) -> str:
         """Its absolute path, or URL, for people and records."""
         return self.url or os.path.abspath(self.path)
 
-    def open(self, resolution: Resolution) -> ImageSource:
-        """Raises ImageError."""
+    def open(self, resolution: Resolution, given_up: Callable[[], bool]) -> ImageSource | None:
+        """The image; None if it was `given_up` while it was fetched. Raises ImageError."""
         if self.pixels is not None:
             return ArraySource(self.pixels, resolution)
-        if self.fetched is not None:
-            self.fetched()
+        if self.fetched is not None and not self.fetched(given_up):
+            return None
         return open_image(self.path, resolution)
 
     def renamed(self, error: HistosegError) -> HistosegError:
@@ -69,7 +78,7 @@ class Listed:
 
     path: Path
     name: str
-    url: str = ""
+    place: Remote | None = None
     bytes: int = 0
 
 
@@ -94,17 +103,19 @@ def find_sources(
         elif remote is not None:
             matches = list(remote(text))
         else:
-            raise UsageError("URLs are read by infer alone", where=text, fix="copy what is needed")
+            raise UsageError("URLs are read by infer alone", where=presentable(text), fix="copy what is needed")
         if not matches:
-            raise UsageError("no image found", where=text, fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES)))
+            raise UsageError(
+                "no image found", where=presentable(text), fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES))
+            )
         for image in matches:
-            found.setdefault(image.url or os.path.abspath(image.path), image)
+            found.setdefault(image.place.url if image.place else os.path.abspath(image.path), image)
     leave_out_companions(found, Folders())
     stems = Counter(short_stem(image.name).casefold() for image in found.values())
     sources = []
     for image in found.values():
         stem = short_stem(image.name) if stems[short_stem(image.name).casefold()] == 1 else image.name
-        sources.append(Source(image.path, image.name, stem, url=image.url, bytes=image.bytes))
+        sources.append(Source(image.path, image.name, stem, place=image.place, bytes=image.bytes))
     sources.sort(key=lambda source: source.name)
     seen: dict[str, Source] = {}
     for source in sources:
@@ -127,6 +138,15 @@ def leave_out_companions(found: dict[str, T], folders: Folders) -> None:
 def is_url(text: str) -> bool:
     """Whether `text` is a URL, and no file's or folder's name."""
     return _URL.match(text) is not None and not os.path.lexists(text.split("/", 1)[0])
+
+
+def presentable(text: str) -> str:
+    """`text` for people and records: a URL without passwords and signatures."""
+    if not is_url(text):
+        return text
+    if text.startswith(("http://", "https://")):
+        text = text.partition("?")[0]
+    return re.sub(r"//[^/@:]*:[^/@]*@", "//", text, count=1)
 
 
 def refuse_foreign(out: Path) -> None:

@@ -167,9 +167,11 @@ class Stream:
         started = time.perf_counter()
         try:
             with _enough_memory(source):
-                image = source.open(self.resolution)
+                image = source.open(self.resolution, lambda: self._stop.is_set() or self._dead.is_set())
         except ImageError as error:
             return self._report_failure(source, error)
+        if image is None:
+            return
         paths = self.outputs.paths(source.stem, slide=image.slide)
         if self.manifest.complete(source.name, image.sha256, self.key, paths, self.outputs.digest):
             with contextlib.suppress(ImageError):  # it changes just now: the next run will see

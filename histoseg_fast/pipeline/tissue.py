@@ -58,8 +58,8 @@ class Tissue:
 
     def grid(self, height: int, width: int, tiling: Tiling) -> TileGrid:
         """The tiles of a slide of this size whose cores cover all tissue."""
-        whole = tiling.grid(height, width)
         if not tiling.fitted or not self.mask.any():
+            whole = tiling.grid(height, width)
             columns = [
                 tuple(span for span in whole.columns[0] if self._row(down)[self._places(span)].any())
                 for down in whole.rows

@@ -117,9 +117,7 @@ def test_a_run_on_ray_is_a_local_run(on_ray: Any, tiny_plan: Plan, tmp_path: Pat
     assert (totals.done, totals.skipped) == (0, 15)
 
 
-def test_urls_are_read_and_written_by_the_actors(
-    on_ray: Any, tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_urls_are_read_and_written_by_the_actors(on_ray: Any, tiny_plan: Plan, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     make_pictures(folder / "deep", 12)
     (folder / "bad.png").write_bytes(b"?" * 100)

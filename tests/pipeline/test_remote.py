@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.server
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,7 @@ from histoseg_fast.pipeline import remote
 from histoseg_fast.pipeline.remote import AHEAD, Remote
 from histoseg_fast.pipeline.run import InferOptions, Progress, infer
 from histoseg_fast.pipeline.shards import Shard
-from histoseg_fast.pipeline.sources import find_sources
+from histoseg_fast.pipeline.sources import find_sources, presentable
 from histoseg_fast.pipeline.totals import Totals
 from histoseg_fast.plan import Plan
 
@@ -151,6 +156,49 @@ def test_results_are_no_input(tiny_plan: Plan, tmp_path: Path) -> None:
             assert (totals.done, totals.skipped) == expected
 
 
+def test_the_folder_of_inputs_may_hold_the_results(tiny_plan: Plan, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "in" / "images", 2)
+    upload(tmp_path / "in", "memory://lab/study")
+    for source, out in (("study", "study"), ("study/images", "study"), ("study", "")):
+        totals, _ = run(tiny_plan, f"memory://lab/{source}", f"memory://lab/{out}")
+        assert totals.done + totals.skipped == 2
+
+
+def names(url: str) -> list[str]:
+    return [image.name for image in Remote.open(url).files(None)]
+
+
+def test_what_a_url_names(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "stud[y]"
+    make_pictures(folder / "a", 1)
+    write_png(folder / "scan[1].png", picture(1, 8, 8))
+    (folder / "link.png").symlink_to(folder / "scan[1].png")
+    url = f"file://{tmp_path}/in"
+    everything = ["a/image_000.png", "link.png", "scan[1].png"]
+    assert names(f"{url}/stud[y]") == names(f"{url}/stud[y]/") == everything
+    assert names(f"{url}/stud[y]/scan[1].png") == ["scan[1].png"]
+    assert names(f"{url}/st*") == [f"stud[y]/{name}" for name in everything]
+    assert names(f"{url}/*/*.png") == ["stud[y]/link.png", "stud[y]/scan[1].png"]
+    (place,) = [image.place for image in Remote.open(f"{url}/st*").files(None) if image.name.endswith("scan[1].png")]
+    assert place is not None and place.url == f"{url}/stud[y]/scan[1].png"
+    assert b"".join(place.in_this_thread().read()) == (folder / "scan[1].png").read_bytes()
+
+
+def test_signed_urls_and_passwords_are_not_told(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", picture(1, 8, 8))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/a.png"
+        (image,) = Remote.open(f"{url}?X-Amz-Signature=a/b*c").files(None)
+        assert image.name == "a.png" and image.place is not None and image.place.url == url
+        assert b"".join(image.place.in_this_thread().read()) == (tmp_path / "a.png").read_bytes()
+        server.shutdown()
+    assert presentable("sftp://me:secret@host/a?b.png") == "sftp://host/a?b.png"
+    assert presentable("abfs://box@account.host/a.png") == "abfs://box@account.host/a.png"
+    assert presentable("a:b@c?d") == "a:b@c?d"
+
+
 def test_shards_of_urls_are_disjoint_and_complete(tiny_plan: Plan, tmp_path: Path) -> None:
     make_pictures(tmp_path / "in", 7)
     upload(tmp_path / "in", "memory://lab/in")
@@ -179,9 +227,7 @@ class Broken(Exception):
     """What a test ends a run with."""
 
 
-def test_what_a_run_that_ends_early_did_is_kept(
-    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_run_that_ends_early_did_is_kept(tiny_plan: Plan, tmp_path: Path) -> None:
     make_pictures(tmp_path / "in", 40)
     upload(tmp_path / "in", "memory://lab/in")
     over: list[str] = []
@@ -214,6 +260,73 @@ def test_the_manifest_is_there_before_the_end(tiny_plan: Plan, tmp_path: Path, m
 
     run(tiny_plan, "memory://lab/in", "memory://lab/out", progress={"poll": look})
     assert seen and min(seen) < 80
+
+
+def test_a_manifest_that_cannot_be_sent_is_sent_later(
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SYNC_SECONDS", 0.0)
+    make_pictures(tmp_path / "in", 60, 300, 300)
+    upload(tmp_path / "in", "memory://lab/in")
+    kind = type(fsspec.filesystem("memory"))
+    put, sent = kind.put_file, []
+
+    def fail_once(self: Any, local: str, path: str, **options: Any) -> Any:
+        if path.endswith("manifest.jsonl"):
+            sent.append(path)
+            if len(sent) == 2:
+                raise TimeoutError("a blip")
+        return put(self, local, path, **options)
+
+    monkeypatch.setattr(kind, "put_file", fail_once)
+    totals, lines = run(tiny_plan, "memory://lab/in", "memory://lab/out")
+    assert totals.done == 60 and len(sent) > 2
+    assert [line for line in lines if "blip" in line] == [
+        "memory://lab/out/manifest.jsonl: cannot be written: a blip; check address, rights and network"
+    ]
+    assert len(entries(download("memory://lab/out", tmp_path / "out"))) == 60
+
+
+def test_a_run_that_was_killed_at_once_can_go_on(tiny_plan: Plan, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "in", 3)
+    fs, root = fsspec.url_to_fs("memory://lab/out")
+    seen: list[bool] = []
+    progress = {"image": lambda entry: seen.append(fs.exists(f"{root}/manifest.jsonl"))}
+    run(tiny_plan, str(tmp_path / "in"), "memory://lab/out", progress=progress)
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("ending", ["stop", "failure"])
+def test_no_end_waits_for_a_copy(tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    make_pictures(tmp_path / "in", 3)
+    upload(tmp_path / "in", "memory://lab/in")
+    go, streams, polls = threading.Event(), list[Any](), list[float]()
+
+    def read(self: Remote, name: str = "") -> Iterator[bytes]:
+        go.wait(60)
+        yield b"?"
+
+    def poll() -> None:
+        polls.append(time.monotonic())
+        if len(polls) == 3 and ending == "failure":
+            raise Broken
+        if len(polls) == 3:
+            streams[0].stop()
+
+    def end(self: remote.Copies) -> None:
+        self._stopped.set()
+        go.set()  # the run is over; until then nothing comes
+        close(self)
+
+    close = remote.Copies.close
+    monkeypatch.setattr(Remote, "read", read)
+    monkeypatch.setattr(remote.Copies, "close", end)
+    progress = {"poll": poll, "start": lambda engine, images, stream: streams.append(stream)}
+    started = time.monotonic()
+    with pytest.raises(Broken) if ending == "failure" else contextlib.nullcontext():
+        totals, _ = run(tiny_plan, "memory://lab/in", tmp_path / "out", progress=progress)
+        assert totals.done == totals.failed == 0
+    assert time.monotonic() - started < 60 and entries(tmp_path / "out") == {}
 
 
 def test_what_cannot_be_copied_costs_that_image(
@@ -252,6 +365,25 @@ def test_what_cannot_be_copied_costs_that_image(
     assert not (out / "masks/image_004.png").exists()
 
 
+def test_what_cannot_be_published_takes_no_room(
+    tiny_plan: Plan, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(tmp_path / "in", 12)
+    kind = type(fsspec.filesystem("memory"))
+    put = kind.put_file
+
+    def no_masks(self: Any, local: str, path: str, **options: Any) -> Any:
+        if "/masks/" in path:
+            raise PermissionError("you may not")
+        return put(self, local, path, **options)
+
+    monkeypatch.setattr(kind, "put_file", no_masks)
+    left: list[int] = []
+    progress = {"image": lambda entry: left.append(len([*scratch.rglob("*.png"), *scratch.rglob("*.jpg")]))}
+    totals, _ = run(tiny_plan, str(tmp_path / "in"), "memory://lab/out", overlay=True, progress=progress)
+    assert totals.failed == 12 and max(left) <= 4
+
+
 def test_what_cannot_be_listed_or_written_ends_the_run(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,19 +408,20 @@ def test_a_full_temporary_folder_costs_the_image(tmp_path: Path, monkeypatch: py
     copies = remote.Copies(tmp_path)
     (tmp_path / "1.png").symlink_to("/dev/full")
     monkeypatch.setattr("builtins.open", lambda path, mode: os.fdopen(os.open(path, os.O_WRONLY), "wb"))
-    begun = copies.begin(source)
-    assert begun.fetched is not None
+    (begun,) = copies.ahead([source])
+    assert begun is not None and begun.fetched is not None
     with pytest.raises(
         ImageError, match=r"image_000.png: cannot be copied to .*: No space left on device; see whether"
     ):
-        begun.fetched()
+        begun.fetched(lambda: False)
     copies.close()
 
 
 @pytest.mark.parametrize(
     ("inputs", "out", "options", "says"),
     [
-        ("foo://a/b", "out", {}, "foo://a/b: cannot be opened: Protocol not known: foo; pip install what it names"),
+        ("foo://a/b", "out", {}, "foo://a/b: cannot be opened: Protocol not known: foo; see whether the package"),
+        ("filecache://a::s3://b", "out", {}, "filecache://a::s3://b: is a chain of URLs; give one"),
         ("s3:/lab/in", "out", {}, "s3:/lab/in: is no whole URL; write it with two slashes, as s3://bucket/folder"),
         ("memory://lab/in", "memory:/out", {}, "memory:/out: is no whole URL"),
         ("memory://lab/nothing", "out", {}, "memory://lab/nothing: no image found"),
@@ -310,7 +443,7 @@ def test_what_makes_no_sense_is_refused(
 
 def test_no_bucket_is_made(tiny_plan: Plan, tmp_path: Path, s3: str) -> None:
     make_pictures(tmp_path / "in", 1)
-    with pytest.raises(UsageError, match=r"^s3://other/out: there is no other; make it first"):
+    with pytest.raises(ImageError, match=r"^s3://other/out/manifest.jsonl: cannot be written: .*bucket does not exist"):
         run(tiny_plan, str(tmp_path / "in"), "s3://other/out")
     assert not fsspec.filesystem("s3").exists("other")
     with pytest.raises(ImageError, match=r"^s3://other/in: cannot be listed: "):
@@ -332,8 +465,8 @@ def test_only_infer_reads_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_error_names_the_url_and_not_the_copy(tmp_path: Path) -> None:
-    fields = {"name": "a.png", "stem": "a", "url": "s3://lab/a.png"}
-    source = remote.Source(tmp_path / "1.png", **fields)
+    place = Remote("s3://lab/a.png", None, "lab/a.png")
+    source = remote.Source(tmp_path / "1.png", "a.png", "a", place=place)
     error = ImageError("is cut off", where=tmp_path / "1.png", fix="send it again")
     renamed: HistosegError = source.renamed(error)
     assert type(renamed) is ImageError and str(renamed) == "s3://lab/a.png: is cut off; send it again"
@@ -347,15 +480,15 @@ def test_keys_that_are_no_paths_lead_nowhere(tiny_plan: Plan, tmp_path: Path, s3
     write_png(tmp_path / "a.png", picture(1, 20, 20))
     fs = fsspec.filesystem("s3")
     content = (tmp_path / "a.png").read_bytes()
-    for key in ("in/a.png", "in/../../up.png", "in/b/../../up.png", "in/c//d.png", "in/./e.png", f"in/{'n' * 300}.png"):
+    long, chain = f"{'n' * 300}.png", "a.png::x.png"
+    odd = ("/a.png", "../../up.png", "b/../../up.png", "c//d.png", "./e.png")
+    for key in ("in/a.png", f"in/{long}", f"in/{chain}", *(f"in/{name}" for name in odd)):
         fs.call_s3("put_object", Bucket="lab", Key=f"odd/{key}", Body=content)
     totals, _ = run(tiny_plan, f"{s3}/odd/in", tmp_path / "out")
-    assert (totals.done, totals.failed) == (1, 1)
+    assert (totals.done, totals.failed) == (2, 1)
     told = entries(tmp_path / "out")
-    assert (
-        sorted(told) == ["a.png", f"{'n' * 300}.png"] and "name too long" in told[f"{'n' * 300}.png"]["error"].lower()
-    )
-    assert [path.name for path in tmp_path.rglob("*.png")] == ["a.png", "a.png"]
+    assert sorted(told) == ["a.png", chain, long] and "name too long" in told[long]["error"].lower()
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["a.png", "a.png", chain]
 
 
 def test_what_is_not_there_has_no_digest() -> None:
