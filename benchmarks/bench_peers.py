@@ -258,9 +258,7 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     rows = sorted(rows, key=lambda row: -row.seconds)
     colours = {"ships": "#b0b7c3", "tuned": "#6b7a90", "infer": "#c2255c"}
     figure, axis = plt.subplots(figsize=(8, 0.35 * len(rows) + 1.2), layout="constrained")
-    labels = [
-        f"{row.name}, {row.kind}, {row.precision}" if row.kind != "infer" else f"infer, {row.precision}" for row in rows
-    ]
+    labels = [", ".join([row.name] + [row.kind] * (row.kind != "infer") + [row.precision]) for row in rows]
     bars = axis.barh(labels, [row.seconds for row in rows], color=[colours[row.kind] for row in rows])
     axis.bar_label(bars, [f"{row.seconds:.2f} s" for row in rows], padding=3)
     axis.set(xlabel="seconds an image of 1128x720, file to file (less is better)", title=title)

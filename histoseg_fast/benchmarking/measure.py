@@ -157,7 +157,7 @@ def _measure(work: Work, repeats: int, masks: Path, report: Report) -> tuple[dic
             "device": engine.device,
             "engine": engine.name,
             "versions": versions(engine),
-            "tile": work.tile,
+            "tile": work.tile(engine.device, shapes),
             "batch": batch,
             "start_seconds": opening.wall,
             "peak_rss_bytes": peak_rss_bytes(),

@@ -88,10 +88,10 @@ class Work:
         """The steps after the network."""
         return self.plan.choose_postprocess(self.options.postprocess)
 
-    @property
-    def tile(self) -> int:
-        """Tile size in pixels, halo included."""
-        return self.options.tile or self.plan.tile
+    def tile(self, device: str, shapes: Iterable[Shape]) -> int:
+        """Tile size in pixels, halo included, that the largest of images of these shapes get."""
+        tiling = make_tiling(self.plan, self.options, device)
+        return max(tiling.side(*shape) for shape in shapes)
 
     def with_tile(self, tile: int, batch: int) -> Work:
         """The same with another tile size and batch."""

@@ -27,7 +27,7 @@ def command(
     out: str = typer.Option("out", help="Folder, or URL, for masks/, summary.csv, manifest.jsonl and run.json."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 or several: cuda:0,1."),
     precision: str = typer.Option("auto", help="auto; on the CPU fp32, bf16 or int8; on GPUs fp16, fp32, int8 or fp8."),
-    tile: int = typer.Option(0, min=0, help="Tile size in pixels, halo included (0: the plan's)."),
+    tile: int = typer.Option(0, min=0, help="Tile size in pixels, halo included (0: what suits)."),
     batch: int = typer.Option(0, min=0, max=1024, help="Tiles in a batch (0: 1 on the CPU, 4 on a GPU)."),
     threads: int = typer.Option(0, min=0, max=1024, help="CPU threads of the engine (0: every core)."),
     overlay: bool = typer.Option(False, "--overlay", help="Also write the image tinted and outlined by class."),

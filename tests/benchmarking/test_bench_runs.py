@@ -8,6 +8,8 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -86,6 +88,20 @@ def test_the_batches_are_those_of_the_stream(
         write_png(folder / "in" / f"{i}.png", picture(i, height, width))
     run_stream(Engine(), folder / "in", folder / "out", tile=tile, batch=batch, halo=8, stride=2)
     assert batches(work_of(tiny_plan, folder, tile=tile), "cpu", shapes, batch) == seen
+
+
+def test_large_images_have_large_tiles_on_a_cpu(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(tile=1152, halo=160, stride=32)
+    work, shapes = work_of(plan, tmp_path), [(720, 1128), (3000, 4000)]
+    assert [work.tile(device, shapes[:count]) for count in (1, 2) for device in ("cpu", "cuda:0")] == [
+        1152,
+        1152,
+        1984,
+        1152,
+    ]
+    assert batches(work, "cpu", shapes, 1) == [(1, 736, 1152), *[(1, 1664, 1568)] * 6]
+    assert len(batches(work, "cuda:0", shapes, 1)) == 21
+    assert work_of(plan, tmp_path, tile=1280).tile("cpu", shapes) == 1280
 
 
 @pytest.mark.parametrize("wants", [CLASSES, Wants(logits=True)])
