@@ -232,9 +232,11 @@ class Copies:
         assert source.place is not None
         if file.suffix.lower() in OF_SEVERAL_FILES:
             raise ImageError("a slide of several files is not read from a URL", where=source.url, fix="copy it")
+        with _asking(source.url, "opened"):
+            place = source.place.in_this_thread()
         try:
             with open(file, "xb") as target:
-                for block in source.place.in_this_thread().read():
+                for block in place.read():
                     if self._stopped.is_set():
                         raise ImageError("was not copied to its end", where=source.url)
                     target.write(block)
