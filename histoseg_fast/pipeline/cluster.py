@@ -244,7 +244,7 @@ class Cluster:
         """Kill all actors, once they have left nothing behind."""
         import ray
 
-        if farewells := [member.handle.close.remote() for member in self.members]:
+        if farewells := [member.handle.close.remote() for member in self.members if member.started is not None]:
             ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL_SECONDS)
         for member in list(self.members):
             self.dismiss(member)
