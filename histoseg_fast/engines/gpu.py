@@ -10,6 +10,7 @@ a few sums; the logits stay on the device unless they are wanted.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -326,6 +327,7 @@ class GpuEngine(Engine):
             for other in self._slots:
                 other.drop()
             self._network.drop()
+            gc.collect()  # the error and its frames may hold one another
             self._memory.trim()
         tried = min(slot.room or n, n)
         if tried > 1:

@@ -60,6 +60,8 @@ def load_tifffile() -> Any:
         if not any(isinstance(handler, logging.NullHandler) for handler in log.handlers):
             log.addHandler(logging.NullHandler())
             log.propagate = False
+        if not issubclass(tifffile.TiffFileError, ValueError):  # the last version for Python 3.10
+            tifffile.TiffFileError.__bases__ = (ValueError,)
     return tifffile
 
 
