@@ -26,10 +26,10 @@ from histoseg_fast.pipeline.sources import (
     FOREIGN,
     FOREIGN_FIX,
     READ_SUFFIXES,
-    Listed,
     Source,
     presentable,
     refuse_foreign,
+    short_stem,
 )
 
 FETCHERS = 4
@@ -85,7 +85,7 @@ class Remote:
             raise UsageError(f"cannot be opened: {reason}", where=presentable(url), fix=fix) from error
         return cls(presentable(url).rstrip("/"), fs, root.rstrip("/") or root)
 
-    def files(self, out: Remote | None) -> list[Listed]:
+    def files(self, out: Remote | None) -> list[Source]:
         """The images that it names: a file, a folder (searched as `walk` does), or a pattern.
 
         Results of other runs, and `out`, are left out. Raises ImageError where it cannot be listed.
@@ -95,7 +95,7 @@ class Remote:
             if self.fs.isfile(self.root):
                 path = self.root.partition("?")[0] if self._of_the_web else self.root
                 name = path.rpartition("/")[2]
-                return [Listed(Path(name), name, self, self.fs.size(self.root) or 0)]
+                return [_listed(name, self, self.fs.size(self.root))]
             if glob.has_magic(self.root) and not self.fs.isdir(self.root):
                 above, url = ("/".join(_until_magic(text.split("/"))) for text in (self.root, self.url))
                 found = self.fs.glob(self.root, detail=True)
@@ -108,8 +108,7 @@ class Remote:
         for path, info in sorted(found.items()):
             name = path[len(above) :].removeprefix("/")
             if info["type"] != "directory" and _wanted(name) and not path.startswith(results):
-                place = Remote(f"{url}/{name}", self.fs, path)
-                images.append(Listed(Path(name), name, place, int(info.get("size") or 0)))
+                images.append(_listed(name, Remote(f"{url}/{name}", self.fs, path), info.get("size")))
         return images
 
     def _results(self, found: Iterable[str], out: Remote | None) -> tuple[str, ...]:
@@ -174,6 +173,10 @@ class Remote:
             foreign = [name for name in OUTPUT_FOLDERS if self.fs.isdir(f"{self.root}/{name}")]
         if foreign:
             raise UsageError(FOREIGN.format(", ".join(foreign)), where=self.url, fix=FOREIGN_FIX)
+
+
+def _listed(name: str, place: Remote, size: int | None) -> Source:
+    return Source(Path(name), name, short_stem(name), place=place, bytes=size or 0)
 
 
 def _until_magic(parts: list[str]) -> list[str]:
@@ -282,7 +285,7 @@ class Staging:
             copies = stack.enter_context(contextlib.closing(Copies(scratch)))
             yield cls(scratch / "out" if isinstance(out, Remote) else out, remote, copies)
 
-    def list(self, url: str) -> list[Listed]:
+    def list(self, url: str) -> list[Source]:
         """The images that `url` names, as `Remote.files`."""
         return Remote.open(url).files(self.remote)
 

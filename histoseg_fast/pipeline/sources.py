@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -72,18 +72,8 @@ class Source:
         return type(error)(error.what, where=self.url, fix=error.fix)
 
 
-@dataclass(frozen=True)
-class Listed:
-    """An image that was found; fields as of `Source`."""
-
-    path: Path
-    name: str
-    place: Remote | None = None
-    bytes: int = 0
-
-
 def find_sources(
-    inputs: Sequence[str], out: Path, remote: Callable[[str], Sequence[Listed]] | None = None
+    inputs: Sequence[str], out: Path, remote: Callable[[str], Sequence[Source]] | None = None
 ) -> list[Source]:
     """Every image that `inputs` (files, folders, glob patterns) name, sorted by name, each file once.
 
@@ -96,10 +86,10 @@ def find_sources(
     images share that; then both keep their suffix. Raises UsageError if an input names nothing, or two inputs would
     share an output.
     """
-    found: dict[str, Listed] = {}
+    found: dict[str, Source] = {}
     for text in inputs:
         if not is_url(text):
-            matches = [Listed(path, name) for path, name in _expand(text, out)]
+            matches = [Source(path, name, short_stem(name)) for path, name in _expand(text, out)]
         elif remote is not None:
             matches = list(remote(text))
         else:
@@ -108,14 +98,13 @@ def find_sources(
             raise UsageError(
                 "no image found", where=presentable(text), fix="known suffixes: " + ", ".join(sorted(READ_SUFFIXES))
             )
-        for image in matches:
-            found.setdefault(image.place.url if image.place else os.path.abspath(image.path), image)
+        for source in matches:
+            found.setdefault(source.shown, source)
     leave_out_companions(found, Folders())
-    stems = Counter(short_stem(image.name).casefold() for image in found.values())
-    sources = []
-    for image in found.values():
-        stem = short_stem(image.name) if stems[short_stem(image.name).casefold()] == 1 else image.name
-        sources.append(Source(image.path, image.name, stem, place=image.place, bytes=image.bytes))
+    stems = Counter(source.stem.casefold() for source in found.values())
+    sources = [
+        source if stems[source.stem.casefold()] == 1 else replace(source, stem=source.name) for source in found.values()
+    ]
     sources.sort(key=lambda source: source.name)
     seen: dict[str, Source] = {}
     for source in sources:

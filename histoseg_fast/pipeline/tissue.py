@@ -60,11 +60,11 @@ class Tissue:
         """The tiles of a slide of this size whose cores cover all tissue."""
         if not tiling.fitted or not self.mask.any():
             whole = tiling.grid(height, width)
-            columns = [
-                tuple(span for span in whole.columns[0] if self._row(down)[self._places(span)].any())
-                for down in whole.rows
-            ]
-            return TileGrid(height, width, whole.rows, tuple(columns))
+            columns = tuple(
+                tuple(span for span in whole.columns[0] if row[self._places(span)].any())
+                for row in map(self._row, whole.rows)
+            )
+            return TileGrid(height, width, whole.rows, columns)
         side = tiling.side(height, width)
         rows = self._split(np.asarray(self.mask.any(axis=1)), height, side, tiling)
         return TileGrid(height, width, rows, tuple(self._split(self._row(down), width, side, tiling) for down in rows))
