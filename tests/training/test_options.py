@@ -23,6 +23,7 @@ from histoseg_fast.images import read_image
 from histoseg_fast.models.network import UInt8Network, make_network, rebuild
 from histoseg_fast.plans import open_plan
 from histoseg_fast.training import loop, parallel
+from histoseg_fast.training.augment import Augmentation
 from histoseg_fast.training.checkpoint import read_checkpoint
 from histoseg_fast.training.crops import CropDataset
 from histoseg_fast.training.loop import BEST, HISTORY, LAST, find_splits
@@ -120,8 +121,28 @@ def teacher(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "teacher.safetensors", "one")
 
 
-def test_a_teacher_is_learnt_from(fit: Fit, tmp_path: Path, teacher: Path, monkeypatch) -> None:
-    """Its logits, of the very crops, go into the loss; it stays as it is, and in evaluation mode."""
+TURNS = [(up, left, transposed) for transposed in (False, True) for up in (False, True) for left in (False, True)]
+"""The eight views of a square; the first four are mirrorings alone."""
+
+
+def view(network: torch.nn.Module, rgb: torch.Tensor, up: bool, left: bool, transposed: bool) -> torch.Tensor:
+    """What the network says of the batch mirrored and transposed, put back in place."""
+
+    def turned(batch: torch.Tensor, axis: int) -> torch.Tensor:
+        axes = [axis] * up + [axis + 1] * left
+        return batch.flip(axes)
+
+    rgb = turned(rgb, 1)
+    with torch.inference_mode():
+        logits = UInt8Network(network)((rgb.transpose(1, 2) if transposed else rgb).contiguous())
+    return turned(logits.transpose(2, 3) if transposed else logits, 2)
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(turns=True)], ids=["mirrored", "turned"])
+def test_a_teacher_is_learnt_from(
+    fit: Fit, tmp_path: Path, teacher: Path, monkeypatch, augmentation: Augmentation
+) -> None:
+    """Its logits, of a view of the very crops, go into the loss; it stays as it is, and in evaluation mode."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     before = read_checkpoint(teacher)[0]
     network, _ = load_network(teacher)
@@ -134,11 +155,16 @@ def test_a_teacher_is_learnt_from(fit: Fit, tmp_path: Path, teacher: Path, monke
         return logits
 
     monkeypatch.setattr(loop._Run, "_teach", watched)
-    best = fit(tmp_path / "out", epochs=1, teacher=str(teacher), loss={"ce": 0.5, "distil": 0.5})
+    best = fit(
+        tmp_path / "out", epochs=1, teacher=str(teacher), loss={"ce": 0.5, "distil": 0.5}, augmentation=augmentation
+    )
     assert len(seen) == 6 and best["train_loss"] > 0
-    with torch.inference_mode():
-        for rgb, logits in seen:
-            torch.testing.assert_close(logits, UInt8Network(network)(rgb), rtol=1e-4, atol=1e-4)
+    views = set()
+    for rgb, logits in seen:
+        near = [torch.allclose(logits, view(network, rgb, *turn), rtol=1e-4, atol=1e-4) for turn in TURNS]
+        assert sum(near) == 1
+        views.add(near.index(True))
+    assert len(views) > 2 and (augmentation.turns or max(views) < 4)
     assert all(torch.equal(before[name], tensor) for name, tensor in read_checkpoint(teacher)[0].items())
 
 
