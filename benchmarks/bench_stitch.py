@@ -64,7 +64,7 @@ def summary():
     print(f"{seconds['stitch'] / seconds['read']:.1f} times as long as copying the logits")
     if "opencv" in seconds:
         print(f"stitch: {seconds['opencv'] / seconds['stitch']:.0f} times OpenCV")
-    for name in ("stitch with probabilities", "tint"):
+    for name in ("stitch before a pixel shuffle", "stitch with probabilities", "tint"):
         if name in seconds:
             print(f"{name}: {seconds[name] / PIXELS * 1e9:.2f} ns a pixel")
 
@@ -76,6 +76,13 @@ def test_copy_of_the_logits(benchmark, tile):
 def test_stitch(benchmark, tile):
     logits, outputs = tile
     measure(benchmark, "stitch", _core.stitch, logits, (0, 0, HEIGHT, WIDTH), *outputs)
+    np.testing.assert_array_equal(outputs[0], logits.argmax(0))
+
+
+def test_stitch_before_a_pixel_shuffle(benchmark, tile):
+    logits, outputs = tile
+    planes = np.ascontiguousarray(logits.reshape(3, HEIGHT // 2, 2, WIDTH // 2, 2).transpose(0, 2, 4, 1, 3))
+    measure(benchmark, "stitch before a pixel shuffle", _core.stitch, planes, (0, 0, HEIGHT, WIDTH), *outputs)
     np.testing.assert_array_equal(outputs[0], logits.argmax(0))
 
 

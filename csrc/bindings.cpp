@@ -110,7 +110,7 @@ py::array_t<std::uint8_t> py_encode_labels(const py::object& ids_object, const p
     return rgb;
 }
 
-Core checked_core(const py::object& object, const py::array& logits) {
+Core checked_core(const py::object& object, const LogitsView& tile) {
     if (!py::isinstance<py::sequence>(object) || py::len(object) != 4) fail("core", "expected (y0, x0, y1, x1)");
     std::int64_t edge[4];
     for (std::size_t i = 0; i < 4; ++i) {
@@ -127,16 +127,17 @@ Core checked_core(const py::object& object, const py::array& logits) {
         }
     }
     const Core core{edge[0], edge[1], edge[2], edge[3]};
-    if (core.y0 < 0 || core.x0 < 0 || core.y1 < core.y0 || core.x1 < core.x0 || core.y1 > logits.shape(1) ||
-        core.x1 > logits.shape(2)) {
-        fail("core", py::str(object).cast<std::string>() + " is not inside the tile of shape " + shape_text(logits));
+    if (core.y0 < 0 || core.x0 < 0 || core.y1 < core.y0 || core.x1 < core.x0 || core.y1 > tile.height ||
+        core.x1 > tile.width) {
+        fail("core", py::str(object).cast<std::string>() + " is not inside the tile of " + std::to_string(tile.height) +
+                         " x " + std::to_string(tile.width));
     }
     return core;
 }
 
-py::array checked_logits(const py::object& object) {
-    auto logits = checked<float>(object, "logits", 3);
-    check_contiguous(logits, "logits", 2, sizeof(float));
+py::array checked_logits(const py::object& object, py::ssize_t ndim = 3) {
+    auto logits = checked<float>(object, "logits", ndim);
+    check_contiguous(logits, "logits", ndim - 1, sizeof(float));
     if (logits.shape(0) < 1 || logits.shape(0) > kMaxClasses) {
         fail("logits", "expected 1 to " + std::to_string(kMaxClasses) + " classes, got shape " + shape_text(logits));
     }
@@ -148,11 +149,23 @@ LogitsView logits_view(const py::array& logits) {
             logits.strides(0), logits.strides(1)};
 }
 
+// Of logits before a pixel shuffle, (classes, 2, 2, height / 2, width / 2).
+LogitsView phases_view(const py::array& logits) {
+    if (logits.shape(1) != 2 || logits.shape(2) != 2) {
+        fail("logits", "expected shape (classes, 2, 2, height / 2, width / 2), got " + shape_text(logits));
+    }
+    return {static_cast<const float*>(logits.data()), logits.shape(0), 2 * logits.shape(3), 2 * logits.shape(4),
+            logits.strides(0), logits.strides(3), 2, logits.strides(1), logits.strides(2)};
+}
+
 std::int64_t py_stitch(const py::object& logits_object, const py::object& core_object, const py::object& classes_object,
                        const py::object& counts_object, const py::object& confidence_object,
                        const py::object& probabilities_object) {
-    const auto logits = checked_logits(logits_object);
-    const Core core = checked_core(core_object, logits);
+    const bool phases = py::isinstance<py::array>(logits_object) &&
+                        py::reinterpret_borrow<py::array>(logits_object).ndim() == 5;
+    const auto logits = checked_logits(logits_object, phases ? 5 : 3);
+    const LogitsView view = phases ? phases_view(logits) : logits_view(logits);
+    const Core core = checked_core(core_object, view);
     const py::ssize_t count = logits.shape(0), height = core.y1 - core.y0, width = core.x1 - core.x0;
     auto classes = checked_output<std::uint8_t>(classes_object, "classes", {height, width});
     auto counts = checked_output<std::uint64_t>(counts_object, "counts", {count});
@@ -168,7 +181,6 @@ std::int64_t py_stitch(const py::object& logits_object, const py::object& core_o
         output.probabilities_stride_class = planes.strides(0);
         output.probabilities_stride_y = planes.strides(1);
     }
-    const LogitsView view = logits_view(logits);
     const py::gil_scoped_release released;
     return stitch(view, core, output);
 }
@@ -374,7 +386,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("stitch", &py_stitch, "logits"_a, "core"_a, "classes"_a, "counts"_a, "confidence"_a,
           "probabilities"_a = py::none(),
           "Writes the classes of core (y0, x0, y1, x1) of float32 (classes, height, width) logits, adds to counts and "
-          "confidence (uint64 by class), returns how many of its pixels have a logit that is not finite.");
+          "confidence (uint64 by class), returns how many of its pixels have a logit that is not finite. Logits may be "
+          "as before a pixel shuffle, (classes, 2, 2, height / 2, width / 2).");
     m.def("tint", &py_tint, "rgb"_a, "ids"_a, "above"_a, "palette"_a, "alpha"_a, "out"_a,
           "Blends class colours (alpha 0..255) and outlines over rgb, into out (which may be rgb).");
     m.def("unfilter_rgb", &py_unfilter_rgb, "rows"_a, "out"_a,

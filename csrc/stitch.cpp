@@ -158,35 +158,104 @@ RunStep pick_run_step(std::int64_t classes) {
     }
 }
 
+// A step of pixels of one phase, before they go beside those of the other.
+struct Phase {
+    alignas(64) std::uint8_t ids[kStep];
+    alignas(64) std::uint8_t probabilities[kMaxClasses * kStep];
+};
+
+// Bytes x0..x1 of a row whose even ones are `even` and whose odd ones are `odd`, each from its first in that range on.
+HISTOSEG_INLINE void interleave(const std::uint8_t* even, const std::uint8_t* odd, std::int64_t x0, std::int64_t x1,
+                                std::uint8_t* HISTOSEG_RESTRICT out) {
+    const std::uint8_t* HISTOSEG_RESTRICT first = x0 % 2 ? odd : even;
+    const std::uint8_t* HISTOSEG_RESTRICT second = x0 % 2 ? even : odd;
+    const std::int64_t pairs = (x1 - x0) / 2;
+    for (std::int64_t i = 0; i < pairs; ++i) {
+        out[2 * i] = first[i];
+        out[2 * i + 1] = second[i];
+    }
+    if ((x1 - x0) % 2) out[2 * pairs] = first[pairs];
+}
+
+// Stitches rows of a core, a step at a time.
+class Stitcher {
+public:
+    Stitcher(const LogitsView& logits, const Core& core, const StitchOutput& output)
+        : run_(pick_run_step(logits.classes)), logits_(logits), core_(core), output_(output) {}
+
+    std::int64_t nonfinite() const { return nonfinite_; }
+
+    void row(std::int64_t y) {
+        const char* data = reinterpret_cast<const char*>(logits_.data) + y * logits_.stride_y;
+        std::uint8_t* probabilities = probabilities_at(y);
+        for (std::int64_t x = core_.x0; x < core_.x1; x += kStep) {
+            const std::int64_t at = x - core_.x0;
+            step(data, x, std::min<std::int64_t>(kStep, core_.x1 - x), ids_at(y) + at,
+                 probabilities ? probabilities + at : nullptr, output_.probabilities_stride_class);
+        }
+    }
+
+    void row_of_phases(std::int64_t y) {
+        const char* data = reinterpret_cast<const char*>(logits_.data) + y % 2 * logits_.stride_phase_y +
+                           y / 2 * logits_.stride_y;
+        std::uint8_t* probabilities = probabilities_at(y);
+        for (std::int64_t x = core_.x0; x < core_.x1; x += 2 * kStep) {
+            const std::int64_t end = std::min<std::int64_t>(x + 2 * kStep, core_.x1), at = x - core_.x0;
+            for (int phase = 0; phase < 2; ++phase) {
+                const std::int64_t first = (x - phase + 1) / 2, last = (end - phase + 1) / 2;
+                step(data + phase * logits_.stride_phase_x, first, last - first, phases_[phase].ids,
+                     probabilities ? phases_[phase].probabilities : nullptr, kStep);
+            }
+            interleave(phases_[0].ids, phases_[1].ids, x, end, ids_at(y) + at);
+            if (!probabilities) continue;
+            for (std::int64_t c = 0; c < logits_.classes; ++c) {
+                interleave(phases_[0].probabilities + c * kStep, phases_[1].probabilities + c * kStep, x, end,
+                           probabilities + c * output_.probabilities_stride_class + at);
+            }
+        }
+    }
+
+private:
+    std::uint8_t* ids_at(std::int64_t y) const { return output_.classes + (y - core_.y0) * output_.classes_stride_y; }
+
+    std::uint8_t* probabilities_at(std::int64_t y) const {
+        if (!output_.probabilities) return nullptr;
+        return output_.probabilities + (y - core_.y0) * output_.probabilities_stride_y;
+    }
+
+    // `count` pixels from x on in the rows at `data`, those of class 0 and, further on, of the others.
+    void step(const char* data, std::int64_t x, std::int64_t count, std::uint8_t* ids, std::uint8_t* probabilities,
+              std::ptrdiff_t stride_class) {
+        const int classes = static_cast<int>(logits_.classes);
+        const float* rows[kMaxClasses];
+        for (int c = 0; c < classes; ++c) {
+            rows[c] = reinterpret_cast<const float*>(data + c * logits_.stride_class) + x;
+        }
+        run_(rows, classes, static_cast<int>(count), step_, ids, probabilities, stride_class);
+        for (int c = 0; c < classes; ++c) {
+            output_.counts[c] += step_.counts[c];
+            output_.confidence[c] += step_.confidence[c];
+        }
+        nonfinite_ += step_.nonfinite;
+    }
+
+    const RunStep run_;
+    const LogitsView& logits_;
+    const Core& core_;
+    const StitchOutput& output_;
+    std::int64_t nonfinite_ = 0;
+    Step step_;
+    Phase phases_[2];
+};
+
 }  // namespace
 
 std::int64_t stitch(const LogitsView& logits, const Core& core, const StitchOutput& output) {
-    const RunStep run = pick_run_step(logits.classes);
-    const int classes = static_cast<int>(logits.classes);
-    std::int64_t nonfinite = 0;
-    Step step;
+    Stitcher stitcher(logits, core, output);
     for (std::int64_t y = core.y0; y < core.y1; ++y) {
-        const char* row = reinterpret_cast<const char*>(logits.data) + y * logits.stride_y;
-        std::uint8_t* out = output.classes + (y - core.y0) * output.classes_stride_y;
-        std::uint8_t* probabilities = output.probabilities;
-        if (probabilities) probabilities += (y - core.y0) * output.probabilities_stride_y;
-        for (std::int64_t x = core.x0; x < core.x1; x += kStep) {
-            const float* rows[kMaxClasses];
-            for (int c = 0; c < classes; ++c) {
-                rows[c] = reinterpret_cast<const float*>(row + c * logits.stride_class) + x;
-            }
-            const int count = static_cast<int>(std::min<std::int64_t>(kStep, core.x1 - x));
-            const std::int64_t at = x - core.x0;
-            run(rows, classes, count, step, out + at, probabilities ? probabilities + at : nullptr,
-                output.probabilities_stride_class);
-            for (int c = 0; c < classes; ++c) {
-                output.counts[c] += step.counts[c];
-                output.confidence[c] += step.confidence[c];
-            }
-            nonfinite += step.nonfinite;
-        }
+        logits.phases == 1 ? stitcher.row(y) : stitcher.row_of_phases(y);
     }
-    return nonfinite;
+    return stitcher.nonfinite();
 }
 
 }  // namespace histoseg

@@ -9,11 +9,14 @@
 
 namespace histoseg {
 
-// Logits (classes, height, width), float32, last axis contiguous; other strides in bytes, any sign.
+// Logits (classes, height, width), float32; strides in bytes, any sign. With `phases` 1 rows are contiguous. With 2 they
+// are as before a pixel shuffle: pixel (y, x) is in plane (y % 2, x % 2) at (y / 2, x / 2), with contiguous rows.
 struct LogitsView {
     const float* data;
     std::int64_t classes, height, width;
     std::ptrdiff_t stride_class, stride_y;
+    int phases = 1;
+    std::ptrdiff_t stride_phase_y = 0, stride_phase_x = 0;
 };
 
 // The part of a tile that is pasted: rows y0..y1 and columns x0..x1, ends excluded.

@@ -111,6 +111,25 @@ def test_tiles_in_any_order_give_the_whole(seed, cut_y, cut_x):
         np.testing.assert_array_equal(mine, wanted)
 
 
+@given(tiles(), st.data())
+def test_before_a_pixel_shuffle_they_give_the_same(tile, data):
+    """Cores at odd places, steps that end within a row, every level."""
+    logits, _ = tile
+    logits = np.concatenate([logits] * 2, 2)[:, : len(logits[0]) // 2 * 2]
+    classes, height, width = logits.shape
+    y0, x0 = data.draw(st.integers(0, height)), data.draw(st.integers(0, width))
+    core = (y0, x0, data.draw(st.integers(y0, height)), data.draw(st.integers(x0, width)))
+    planes = logits.reshape(classes, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3)
+    order = data.draw(st.permutations(range(4)))  # memory in any order but for the last axis
+    back = np.argsort(order)
+    planes = np.ascontiguousarray(planes.transpose(*order, 4)).transpose(*back, 4)
+    wanted = run(np.ascontiguousarray(logits), core)
+    for level in LEVELS:
+        _core.set_simd_level(level)
+        for mine, first in zip(run(planes, core), wanted, strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
 def test_ties_go_to_the_lowest_class_and_sums_are_added_to():
     logits = np.zeros((3, 1, 2), np.float32)
     logits[1:, 0, 1] = 5
@@ -153,11 +172,16 @@ def read_only(array):
         ("logits", np.zeros((8, 8), np.float32)),
         ("logits", np.zeros((3, 8, 16), np.float32)[:, :, ::2]),
         ("logits", np.zeros((33, 8, 8), np.float32)),
+        ("logits", np.zeros((3, 2, 8, 8), np.float32)),
+        ("logits", np.zeros((3, 2, 3, 4, 4), np.float32)),
+        ("logits", np.zeros((3, 2, 2, 4, 8), np.float32)[..., ::2]),
+        ("logits", np.zeros((33, 2, 2, 4, 4), np.float32)),
         ("logits", np.zeros((0, 8, 8), np.float32)),
         ("logits", np.zeros(769, np.uint8)[1:].view(np.float32).reshape(3, 8, 8)),  # not aligned
         ("core", (1, 1, 5)),
         ("core", 7),
         ("core", (1, 1, 5, 9)),
+        ("core", (1, 1, 9, 7)),
         ("core", (-1, 1, 3, 7)),
         ("core", (5, 1, 1, 7)),
         ("core", (1, 1, 5, 7.0)),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import openvino as ov
 import openvino.properties as properties
 import openvino.properties.hint as hint
 
+from histoseg_fast import _core
 from histoseg_fast.engines.base import Engine, Slot
 from histoseg_fast.engines.int8 import quantise
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.machine import available_cores, cpu_precisions
 from histoseg_fast.plan import MODEL, Plan
+from histoseg_fast.tiling import Core
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 """Of what is computed in floating point; under int8, the first layer and whatever has no range."""
@@ -20,11 +23,27 @@ CACHED_PRIMITIVES = 64
 
 
 class OpenVINOSlot(Slot):
-    """A slot with an infer request of its own, which reads `input` where it lies."""
+    """A slot with an infer request of its own, which reads `input` where it lies.
+
+    `result` is what the network gave: logits float32 (n, C, h, w) or, before a pixel shuffle,
+    (n, C, 2, 2, h / 2, w / 2).
+    """
 
     def __init__(self, request: ov.InferRequest):
         super().__init__()
         self.request = request
+        self.result: np.ndarray = np.empty((0, 0, 0, 0), np.float32)
+
+    def stitch(
+        self,
+        index: int,
+        core: Core,
+        classes: np.ndarray,
+        counts: np.ndarray,
+        confidence: np.ndarray,
+        probabilities: np.ndarray | None = None,
+    ) -> int:
+        return _core.stitch(self.result[index], core, classes, counts, confidence, probabilities)
 
 
 class OpenVINOEngine(Engine):
@@ -47,6 +66,7 @@ class OpenVINOEngine(Engine):
             reason = _last_line(error)
             raise PlanError(f"{MODEL} is not a network OpenVINO can read ({reason})", where=plan.path) from error
         self._check(model, plan)
+        model, self._shuffled = _without_shuffle(model)
         floating = precision
         if precision == "int8":
             assert plan.ranges is not None
@@ -99,13 +119,30 @@ class OpenVINOEngine(Engine):
             slot.request.wait()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed on a batch {slot.input.shape} ({_last_line(error)})") from error
-        slot.logits = slot.request.get_output_tensor().data
+        result = slot.request.get_output_tensor().data
         n, h, w, _ = slot.input.shape
-        if slot.logits.shape != (n, self._classes, h, w):
-            raise EngineError(f"the network gave logits {slot.logits.shape} for a batch {slot.input.shape}")
+        factor = 2 if self._shuffled else 1
+        if result.shape != (n, self._classes * factor**2, h // factor, w // factor):
+            raise EngineError(f"the network gave logits {result.shape} for a batch {slot.input.shape}")
+        if self._shuffled:
+            result = result.reshape(n, self._classes, 2, 2, h // 2, w // 2)
+        slot.result, slot.logits = result, None
+        if slot.wants.logits:
+            slot.logits = result.transpose(0, 1, 4, 2, 5, 3).reshape(n, -1, h, w) if self._shuffled else result
 
     def close(self) -> None:
         del self._compiled
+
+
+def _without_shuffle(model: ov.Model) -> tuple[ov.Model, bool]:
+    """`model` without a pixel shuffle by 2 at its end, and whether there was one: `stitch` does without."""
+    last = model.output(0).get_node().input_value(0).get_node()
+    if last.get_type_name() != "DepthToSpace":
+        return model, False
+    attributes = last.get_attributes()
+    if attributes["block_size"] != 2 or attributes["mode"] != "depth_first":
+        return model, False
+    return ov.Model([last.input_value(0)], model.get_parameters()), True
 
 
 def _last_line(error: Exception) -> str:

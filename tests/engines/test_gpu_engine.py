@@ -367,14 +367,7 @@ def test_run_tiled_gives_the_logits_and_leaves_no_memory_behind(gpus, tiny_plan)
     with open_engine(tiny_plan, device="cpu", precision="fp32") as exact:
 
         def network(rgb):
-            return np.concatenate([whole(exact, tile) for tile in rgb])
-
-        def whole(engine, tile):
-            (slot,) = engine.slots(1)
-            slot.reshape(1, *tile.shape[:2])[0] = tile
-            engine.submit(slot)
-            engine.wait(slot)
-            return slot.logits.copy()
+            return np.stack([run_tiled(exact, tiny_plan, tile) for tile in rgb])
 
         cuda = gpus.start(network=network)
         engine = gpus.open(tiny_plan)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import openvino as ov
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from random_networks import noise, plan_of
 from tiny_plans import changed
 
 from histoseg_fast import engines, machine
 from histoseg_fast.engines import choose_precision, open_engine, run_tiled
+from histoseg_fast.engines import openvino as openvino_module
+from histoseg_fast.engines.base import Wants
 from histoseg_fast.errors import EngineError, PlanError, UsageError
 from histoseg_fast.machine import cpu_precisions
 from histoseg_fast.models.architectures import ARCHITECTURES
 from histoseg_fast.plan import DEFAULT_GATE, MODEL
+from histoseg_fast.plans import open_plan
+from histoseg_fast.synthetic import make_field
 
 GATE = DEFAULT_GATE["agreement"]
 FEW = settings(max_examples=3, derandomize=True, deadline=None)
@@ -115,6 +121,7 @@ def test_bf16_is_near_fp32_but_not_it(tiny_plan):
 
 def run(engine, slot, images):
     slot.reshape(*images.shape[:3])[...] = images
+    slot.wants = Wants(logits=True)
     engine.submit(slot)
     engine.wait(slot)
     return slot.logits.copy()
@@ -147,11 +154,62 @@ def test_slots_run_beside_each_other(tiny_plan, fp32):
     slots, images = fp32.slots(3), [noise(40 + 2 * i, 50, i) for i in range(3)]
     for slot, image in zip(slots, images, strict=True):
         slot.reshape(1, *image.shape[:2])[0] = image
+        slot.wants = Wants(logits=True)
         fp32.submit(slot)
     for slot, image in reversed(list(zip(slots, images, strict=True))):
         fp32.wait(slot)
         assert slot.logits.dtype == np.float32
         np.testing.assert_array_equal(slot.logits[0], run_tiled(fp32, tiny_plan, image))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", pytest.param("bf16", marks=needs_bf16)])
+def test_a_pixel_shuffle_at_the_end_is_skipped_and_nothing_changes(precision, monkeypatch):
+    """Logits, classes, probabilities and sums, of whole tiles and of cores with odd edges."""
+    plan = open_plan("fast")
+    images = np.stack([make_field(seed, 160, 96)[0] for seed in range(2)])
+    with open_engine(plan, precision=precision) as skipping:
+        monkeypatch.setattr(openvino_module, "_without_shuffle", lambda model: (model, False))
+        with open_engine(plan, precision=precision) as plain:
+            slots = [engine.slots(1)[0] for engine in (skipping, plain)]
+            logits = [run(engine, slot, images) for engine, slot in zip((skipping, plain), slots, strict=True)]
+            assert [slot.result.shape for slot in slots] == [(2, 3, 2, 2, 48, 80), (2, 3, 96, 160)]
+            assert logits[0].tobytes() == logits[1].tobytes() and len(np.unique(logits[0].argmax(1))) > 1
+            for core in ((0, 0, 96, 160), (32, 64, 95, 133), (7, 9, 8, 160)):
+                found = []
+                for slot in slots:
+                    height, width = core[2] - core[0], core[3] - core[1]
+                    outputs = np.zeros((height, width), np.uint8), np.zeros(3, np.uint64), np.zeros(3, np.uint64)
+                    planes = np.zeros((3, height, width), np.uint8)
+                    assert slot.stitch(1, core, *outputs, planes) == 0
+                    found.append([array.tobytes() for array in (*outputs, planes)])
+                assert found[0] == found[1]
+            slots[0].wants = Wants()
+            skipping.submit(slots[0])
+            skipping.wait(slots[0])
+            assert slots[0].logits is None  # put in order only where they are wanted
+
+
+@pytest.mark.parametrize(("mode", "block"), [("DCR", 2), ("CRD", 4)])
+def test_other_shuffles_stay_in_the_graph(mode, block):
+    """And give what onnx says they give."""
+    weights = noise(3 * block**2, 1).reshape(-1, 3, 1, 1).astype(np.float32)
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("AveragePool", ["x"], ["small"], kernel_shape=[block] * 2, strides=[block] * 2),
+        helper.make_node("Conv", ["small", "w"], ["many"]),
+        helper.make_node("DepthToSpace", ["many"], ["logits"], blocksize=block, mode=mode),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["n", "h", "w", 3])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3, "h", "w"])
+    graph = helper.make_graph(nodes, "g", [image], [logits], [numpy_helper.from_array(weights, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    rgb = noise(16, 24)[None]
+    wanted = ReferenceEvaluator(model).run(None, {"image": rgb})[0]
+    found, shuffled = openvino_module._without_shuffle(ov.Core().read_model(model.SerializeToString()))
+    assert not shuffled
+    exact = ov.Core().compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(exact([rgb])[0], wanted, rtol=1e-5, atol=1e-3)
 
 
 def test_reshape_keeps_memory_that_is_large_enough(fp32):
