@@ -16,7 +16,7 @@ import numpy as np
 
 from histoseg_fast.errors import UsageError
 
-CORE_SHARE = 0.7
+CORE_SHARE = 0.785
 """Of the pixels of a large tile at least so many are its core."""
 MAX_BAND_BYTES = 5 << 26
 """A row of large tiles may take so much memory: wider images are cut by smaller ones."""
@@ -136,6 +136,15 @@ class TileGrid:
     def tiles(self) -> int:
         """How many there are."""
         return sum(map(len, self.columns))
+
+    @property
+    def pixels(self) -> int:
+        """What is computed: the pixels of all tiles, halo included."""
+        return sum(
+            (down.outer_end - down.outer) * (across.outer_end - across.outer)
+            for down, columns in zip(self.rows, self.columns, strict=True)
+            for across in columns
+        )
 
     @property
     def whole_rows(self) -> bool:

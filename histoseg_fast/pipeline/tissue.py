@@ -42,6 +42,9 @@ GLASS_SHARE = 1e-3
 
 WHITE_FLOOR = 230
 
+MOST_SHAPES = 16
+"""Shapes of tiles that are tried on a slide, from square to low and wide: low rows leave out more glass."""
+
 
 @dataclass(frozen=True)
 class Tissue:
@@ -57,7 +60,7 @@ class Tissue:
         return cls(np.ones((-(-height // step), -(-width // step)), bool), step)
 
     def grid(self, height: int, width: int, tiling: Tiling) -> TileGrid:
-        """The tiles of a slide of this size whose cores cover all tissue."""
+        """The tiles of a slide of this size whose cores cover all tissue; where they fit, those that compute least."""
         if not tiling.fitted or not self.mask.any():
             whole = tiling.grid(height, width)
             columns = tuple(
@@ -66,8 +69,14 @@ class Tissue:
             )
             return TileGrid(height, width, whole.rows, columns)
         side = tiling.side(height, width)
-        rows = self._split(np.asarray(self.mask.any(axis=1)), height, side, tiling)
-        return TileGrid(height, width, rows, tuple(self._split(self._row(down), width, side, tiling) for down in rows))
+        step = padded_length(max((side - tiling.tile) // MOST_SHAPES, 1), tiling.stride)
+        shapes = [(tall, side**2 // tall) for tall in range(side, tiling.tile - 1, -step)]
+        return min((self._fitted(height, width, *shape, tiling) for shape in shapes), key=lambda grid: grid.pixels)
+
+    def _fitted(self, height: int, width: int, tall: int, wide: int, tiling: Tiling) -> TileGrid:
+        """Tiles of at most `tall` x `wide` pixels, in rows as high and as wide as tissue asks for."""
+        rows = self._split(np.asarray(self.mask.any(axis=1)), height, tall, tiling)
+        return TileGrid(height, width, rows, tuple(self._split(self._row(down), width, wide, tiling) for down in rows))
 
     def _row(self, down: Span) -> np.ndarray:
         """bool (mask width,): whether any mask pixel on the core of a row of tiles is set."""

@@ -98,18 +98,23 @@ def test_tiles_with_tissue_in_their_core_are_kept(height, width, tile, halo, ste
     st.integers(1, 30),
     st.integers(0, 9),
     st.sampled_from([0, 0.01, 0.1, 1]),
+    st.integers(0, 200),
 )
-def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile, halo, step, seed, density):
+def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile, halo, step, seed, density, more):
     mask = np.random.default_rng(seed).random((-(-height // step), -(-width // step))) < density
     full = mask.repeat(step, 0).repeat(step, 1)[:height, :width]
-    grid = Tissue(mask, step).grid(height, width, Tiling(tile, tile, 4 * halo, 4, fitted=True))
-    covered = np.zeros((height, width), int)
+    tiling = Tiling(tile, tile + more, 4 * halo, 4, fitted=True)
+    grid = Tissue(mask, step).grid(height, width, tiling)
+    side = tiling.side(height, width)
+    covered, pixels = np.zeros((height, width), int), 0
     for row, columns in zip(grid.rows, grid.columns, strict=True):
         for column in columns:
             core = slice(row.core, row.core_end), slice(column.core, column.core_end)
             covered[core] += 1
-            sides = row.outer_end - row.outer, column.outer_end - column.outer
-            assert max(sides) <= tile and full[row.core : row.core_end].any()
+            tall, wide = row.outer_end - row.outer, column.outer_end - column.outer
+            assert tall <= side and tall * wide <= side**2 and full[row.core : row.core_end].any()
+            pixels += tall * wide
+    assert grid.pixels == pixels <= Tissue(mask, step)._fitted(height, width, side, side, tiling).pixels
     assert covered.max(initial=0) <= 1 and (covered[full] == 1).all()
     if mask.any():
         first, end = grid.rows[0].core, grid.rows[-1].core_end
