@@ -32,7 +32,7 @@ import openvino.properties.hint as hint
 
 from histoseg_fast.engines import choose_precision
 from histoseg_fast.engines.int8 import quantise
-from histoseg_fast.engines.openvino import PRECISIONS
+from histoseg_fast.engines.openvino import PRECISIONS, without_shuffle
 from histoseg_fast.machine import available_cores, cpu_name, cpu_precisions
 from histoseg_fast.plan import MODEL, Plan
 from histoseg_fast.plans import open_plan
@@ -70,7 +70,7 @@ class Layer:
 def compile_profiled(plan: Plan, precision: str, threads: int) -> ov.CompiledModel:
     """The plan as `OpenVINOEngine` compiles it, one batch at a time, with profiling."""
     core = ov.Core()
-    model = core.read_model(plan.members[MODEL])
+    model, _ = without_shuffle(core.read_model(plan.members[MODEL]))
     floating = precision
     if precision == "int8":
         assert plan.ranges is not None

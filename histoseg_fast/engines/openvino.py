@@ -66,7 +66,7 @@ class OpenVINOEngine(Engine):
             reason = _last_line(error)
             raise PlanError(f"{MODEL} is not a network OpenVINO can read ({reason})", where=plan.path) from error
         self._check(model, plan)
-        model, self._shuffled = _without_shuffle(model)
+        model, self._shuffled = without_shuffle(model)
         floating = precision
         if precision == "int8":
             assert plan.ranges is not None
@@ -134,7 +134,7 @@ class OpenVINOEngine(Engine):
         del self._compiled
 
 
-def _without_shuffle(model: ov.Model) -> tuple[ov.Model, bool]:
+def without_shuffle(model: ov.Model) -> tuple[ov.Model, bool]:
     """`model` without a pixel shuffle by 2 at its end, and whether there was one: `stitch` does without."""
     last = model.output(0).get_node().input_value(0).get_node()
     if last.get_type_name() != "DepthToSpace":

@@ -168,7 +168,7 @@ def test_a_pixel_shuffle_at_the_end_is_skipped_and_nothing_changes(precision, mo
     plan = open_plan("fast")
     images = np.stack([make_field(seed, 160, 96)[0] for seed in range(2)])
     with open_engine(plan, precision=precision) as skipping:
-        monkeypatch.setattr(openvino_module, "_without_shuffle", lambda model: (model, False))
+        monkeypatch.setattr(openvino_module, "without_shuffle", lambda model: (model, False))
         with open_engine(plan, precision=precision) as plain:
             slots = [engine.slots(1)[0] for engine in (skipping, plain)]
             logits = [run(engine, slot, images) for engine, slot in zip((skipping, plain), slots, strict=True)]
@@ -206,7 +206,7 @@ def test_other_shuffles_stay_in_the_graph(mode, block):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     rgb = noise(16, 24)[None]
     wanted = ReferenceEvaluator(model).run(None, {"image": rgb})[0]
-    found, shuffled = openvino_module._without_shuffle(ov.Core().read_model(model.SerializeToString()))
+    found, shuffled = openvino_module.without_shuffle(ov.Core().read_model(model.SerializeToString()))
     assert not shuffled
     exact = ov.Core().compile_model(found, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.testing.assert_allclose(exact([rgb])[0], wanted, rtol=1e-5, atol=1e-3)
