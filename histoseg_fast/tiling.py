@@ -17,7 +17,9 @@ import numpy as np
 from histoseg_fast.errors import UsageError
 
 CORE_SHARE = 0.785
-"""Of the pixels of a large tile at least so many are its core."""
+"""Of the pixels of a large tile at least so many are its core, where `MAX_LARGE_PIXELS` allow it."""
+MAX_LARGE_PIXELS = 8_000_000
+"""Of a large tile: the engine's memory grows with them, some 50 bytes a pixel and batch in flight for `fast`."""
 MAX_BAND_BYTES = 5 << 26
 """A row of large tiles may take so much memory: wider images are cut by smaller ones."""
 
@@ -114,7 +116,8 @@ def large_tile(tile: int, halo: int, stride: int) -> int:
 
     `tile` itself where that is enough: a larger one gains little then, and takes memory.
     """
-    return max(tile, padded_length(math.ceil(2 * halo / (1 - math.sqrt(CORE_SHARE))), stride))
+    wanted = padded_length(math.ceil(2 * halo / (1 - math.sqrt(CORE_SHARE))), stride)
+    return max(tile, min(wanted, math.isqrt(MAX_LARGE_PIXELS) // stride * stride))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ if [ "$kind" = address ]; then
 fi
 # The runtime has to be the first library, with libstdc++ right behind, or it does not see exceptions being thrown.
 preload="$(gcc -print-file-name="$runtime") $(gcc -print-file-name=libstdc++.so.6)"
+# OpenVINO loads a library in a way that hides the runtime from it, unless told so.
+export TBB_ENABLE_SANITIZERS=1
 export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$lib:$PWD/tests PYTHONMALLOC=malloc HISTOSEG_SANITIZE=$kind
 # Without randomised addresses: newer kernels use more bits for them than ThreadSanitizer knows of.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from histoseg_fast.errors import UsageError
 from histoseg_fast.tiling import (
     CORE_SHARE,
+    MAX_LARGE_PIXELS,
     Span,
     TileGrid,
     Tiling,
@@ -141,7 +142,8 @@ def test_large_tiles_are_for_images_that_others_cut(height, width, strides_of_ha
     halo = strides_of_halo * stride
     tile = least_tile(halo, stride) + more
     large = large_tile(tile, halo, stride)
-    assert large >= tile and (large - 2 * halo) ** 2 >= CORE_SHARE * large**2 * (large > tile)
+    assert large == tile or (large**2 <= MAX_LARGE_PIXELS and large > tile)
+    assert (large - 2 * halo) ** 2 >= CORE_SHARE * large**2 or large == tile or (large + stride) ** 2 > MAX_LARGE_PIXELS
     grid = Tiling(tile, large, halo, stride).grid(height, width)
     used = tile if max(height, width) <= tile else large
     assert grid == TileGrid.cover(height, width, used, halo, stride)
@@ -149,6 +151,7 @@ def test_large_tiles_are_for_images_that_others_cut(height, width, strides_of_ha
 
 def test_large_tiles_of_the_shipped_halos_and_widths():
     assert large_tile(1152, 160, 32) == 2816 and large_tile(1152, 26, 2) == 1152
+    assert large_tile(1152, 500, 64) == 2816 and large_tile(4096, 500, 64) == 4096  # memory is the limit
     tiling = Tiling(1152, 1984, 160, 32)
     assert tiling.grid(720, 1128).tile_shape(0, 0) == (736, 1152)
     assert tiling.grid(1500, 1500).tile_shape(0, 0) == (1504, 1504)

@@ -32,7 +32,11 @@ class OpenVINOSlot(Slot):
     def __init__(self, request: ov.InferRequest):
         super().__init__()
         self.request = request
-        self.result: np.ndarray = np.empty((0, 0, 0, 0), np.float32)
+        self.result: np.ndarray | None = None
+
+    def reshape(self, n: int, h: int, w: int) -> np.ndarray:
+        self.result = None
+        return super().reshape(n, h, w)
 
     def stitch(
         self,
@@ -43,6 +47,7 @@ class OpenVINOSlot(Slot):
         confidence: np.ndarray,
         probabilities: np.ndarray | None = None,
     ) -> int:
+        assert self.result is not None
         return _core.stitch(self.result[index], core, classes, counts, confidence, probabilities)
 
 
@@ -122,13 +127,14 @@ class OpenVINOEngine(Engine):
         result = slot.request.get_output_tensor().data
         n, h, w, _ = slot.input.shape
         factor = 2 if self._shuffled else 1
-        if result.shape != (n, self._classes * factor**2, h // factor, w // factor):
+        images, planes, tall, wide = result.shape
+        if (images, planes, tall * factor, wide * factor) != (n, self._classes * factor**2, h, w):
             raise EngineError(f"the network gave logits {result.shape} for a batch {slot.input.shape}")
         if self._shuffled:
-            result = result.reshape(n, self._classes, 2, 2, h // 2, w // 2)
-        slot.result, slot.logits = result, None
+            result = result.reshape(n, self._classes, 2, 2, tall, wide)
+        slot.result = result
         if slot.wants.logits:
-            slot.logits = result.transpose(0, 1, 4, 2, 5, 3).reshape(n, -1, h, w) if self._shuffled else result
+            slot.logits = _in_order(result) if self._shuffled else result
 
     def close(self) -> None:
         del self._compiled
@@ -143,6 +149,16 @@ def without_shuffle(model: ov.Model) -> tuple[ov.Model, bool]:
     if attributes["block_size"] != 2 or attributes["mode"] != "depth_first":
         return model, False
     return ov.Model([last.input_value(0)], model.get_parameters()), True
+
+
+def _in_order(planes: np.ndarray) -> np.ndarray:
+    """Logits (n, C, h, w) of those before a pixel shuffle, (n, C, 2, 2, h / 2, w / 2)."""
+    n, classes, _, _, tall, wide = planes.shape
+    logits = np.empty((n, classes, 2 * tall, 2 * wide), planes.dtype)
+    for y in range(2):
+        for x in range(2):
+            logits[:, :, y::2, x::2] = planes[:, :, y, x]
+    return logits
 
 
 def _last_line(error: Exception) -> str:

@@ -265,14 +265,15 @@ class _Run:
         return float(self.processes.sum(np.array(value)))
 
     def _teach(self, rgb: torch.Tensor) -> torch.Tensor | None:
-        """The teacher's logits, where there is one, of the batch mirrored and turned at random as the crops are.
+        """The teacher's logits, where there is one, of the batch mirrored at random and, with turns, turned.
 
         Over many batches the network learns the mean over these views, which is better than any one of them.
         """
         if self.teacher is None:
             return None
-        axes = [axis for axis in (1, 2) if torch.rand(()) < 0.5]
-        quarter = int(torch.randint(2, ())) if self.options.augmentation.turns else 0
+        rng = np.random.default_rng((self.options.seed, self.steps))  # the same in every process
+        axes = [axis for axis in (1, 2) if rng.random() < 0.5]
+        quarter = int(rng.integers(2)) if self.options.augmentation.turns else 0
         with torch.no_grad():
             logits: torch.Tensor = self.teacher(rgb.flip(axes).rot90(quarter, (1, 2)).contiguous())
         return logits.rot90(-quarter, (2, 3)).flip([axis + 1 for axis in axes])

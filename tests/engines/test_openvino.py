@@ -183,10 +183,14 @@ def test_a_pixel_shuffle_at_the_end_is_skipped_and_nothing_changes(precision, mo
                     assert slot.stitch(1, core, *outputs, planes) == 0
                     found.append([array.tobytes() for array in (*outputs, planes)])
                 assert found[0] == found[1]
+            slots[0].reshape(2, 96, 160)[...] = images
+            with pytest.raises(AssertionError):
+                slots[0].stitch(1, core, *outputs, planes)  # what it held is of another batch
             slots[0].wants = Wants()
             skipping.submit(slots[0])
             skipping.wait(slots[0])
             assert slots[0].logits is None  # put in order only where they are wanted
+            assert slots[0].stitch(1, core, *outputs, planes) == 0
 
 
 @pytest.mark.parametrize(("mode", "block"), [("DCR", 2), ("CRD", 4)])

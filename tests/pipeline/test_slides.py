@@ -97,25 +97,31 @@ def kept_pixels(mask: np.ndarray, step: int, grid: TileGrid, fitted: bool) -> np
     step=st.integers(1, 40),
     density=st.sampled_from([0.0, 0.01, 0.1, 1.0]),
     seed=st.integers(0, 99),
+    more=st.sampled_from([0, 10, 60]),
 )
-@example(size=(200, 90), tile=20, batch=3, readers=1, fitted=False, step=9, density=0.0, seed=0)  # nothing but glass
-@example(size=(300, 20), tile=20, batch=3, readers=1, fitted=False, step=30, density=0.3, seed=3)  # one column of tiles
-@example(size=(20, 300), tile=20, batch=2, readers=1, fitted=False, step=30, density=0.3, seed=3)  # one row
-@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=0.0, seed=0)  # one tile, glass
-@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=1.0, seed=0)
-@example(size=(200, 90), tile=20, batch=3, readers=1, fitted=True, step=9, density=0.0, seed=0)
-@example(size=(300, 299), tile=60, batch=3, readers=2, fitted=True, step=40, density=0.1, seed=1)
+@example(
+    size=(200, 90), tile=20, batch=3, readers=1, fitted=False, step=9, density=0.0, seed=0, more=0
+)  # nothing but glass
+@example(
+    size=(300, 20), tile=20, batch=3, readers=1, fitted=False, step=30, density=0.3, seed=3, more=0
+)  # one column of tiles
+@example(size=(20, 300), tile=20, batch=2, readers=1, fitted=False, step=30, density=0.3, seed=3, more=0)  # one row
+@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=0.0, seed=0, more=0)  # one tile, glass
+@example(size=(1, 1), tile=20, batch=1, readers=1, fitted=False, step=1, density=1.0, seed=0, more=0)
+@example(size=(200, 90), tile=20, batch=3, readers=1, fitted=True, step=9, density=0.0, seed=0, more=0)
+@example(size=(300, 299), tile=60, batch=3, readers=2, fitted=True, step=40, density=0.1, seed=1, more=0)
+@example(size=(130, 299), tile=40, batch=3, readers=1, fitted=True, step=40, density=0.6, seed=2, more=60)  # low, wide
 def test_tissue_is_bit_identical_and_glass_is_background(
-    tiny_plan, engine, slides, size, tile, batch, readers, fitted, step, density, seed
+    tiny_plan, engine, slides, size, tile, batch, readers, fitted, step, density, seed, more
 ):
     height, width = size
     rng = np.random.default_rng(seed)
     mask = rng.random((-(-height // step), -(-width // step))) < density
-    tiling = Tiling(tile, tile, tiny_plan.halo, tiny_plan.stride, fitted)
+    tiling = Tiling(tile, tile + more, tiny_plan.halo, tiny_plan.stride, fitted)
     grid = Tissue(mask, step).grid(height, width, tiling) if fitted else tiling.grid(height, width)
     kept, rgb = kept_pixels(mask, step, grid, fitted), picture(seed, height, width)
     options = {"stride": tiny_plan.stride, "halo": tiny_plan.halo, "tile": tile, "batch": batch, "readers": readers}
-    options |= {"probabilities": True, "overlay": True, "fitted": fitted}
+    options |= {"probabilities": True, "overlay": True, "fitted": fitted, "large": tile + more}
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder, plain, out = Path(name, "in"), Path(name, "plain"), Path(name, "out")
         write_png(folder / "a.png", rgb)

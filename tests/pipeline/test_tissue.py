@@ -112,7 +112,7 @@ def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile,
             core = slice(row.core, row.core_end), slice(column.core, column.core_end)
             covered[core] += 1
             tall, wide = row.outer_end - row.outer, column.outer_end - column.outer
-            assert tall <= side and tall * wide <= side**2 and full[row.core : row.core_end].any()
+            assert tall <= side and tall * wide <= max(side, tile + more) ** 2 and full[row.core : row.core_end].any()
             pixels += tall * wide
     assert grid.pixels == pixels <= Tissue(mask, step)._fitted(height, width, side, side, tiling).pixels
     assert covered.max(initial=0) <= 1 and (covered[full] == 1).all()
@@ -122,6 +122,23 @@ def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile,
         assert full[max(end - 4, 0) : end].any()
     else:
         assert grid.tiles == 0 and grid.rows
+
+
+def test_low_wide_tiles_win_where_tissue_is_low_and_wide():
+    """And where a row of tiles may not be as high as a tile, it may be wider."""
+    mask = np.zeros((20, 40), bool)
+    mask[9:11, 2:38] = True
+    grid = Tissue(mask, 10).grid(200, 400, Tiling(40, 100, 8, 4, fitted=True))
+    assert [grid.tile_shape(0, column) for column in range(len(grid.columns[0]))] == [(40, 196), (40, 196)]
+    assert grid.pixels < Tissue(mask, 10)._fitted(200, 400, 100, 100, Tiling(40, 100, 8, 4, fitted=True)).pixels
+
+
+def test_wide_slides_have_tiles_of_the_same_area():
+    tissue, tiling = Tissue(np.ones((100, 1000), bool), 100), Tiling(1152, 2816, 160, 32, fitted=True)
+    grid = tissue.grid(10_000, 100_000, tiling)
+    shapes = {grid.tile_shape(row, column) for row in range(len(grid.rows)) for column in range(len(grid.columns[row]))}
+    assert tiling.side(10_000, 100_000) == 1152
+    assert all(tall <= 1152 < wide and tall * wide <= 2816**2 for tall, wide in shapes)
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 40), st.integers(0, 9))
