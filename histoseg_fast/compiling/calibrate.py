@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ SYNTHETIC_FIELDS = 2
 """Fields of the demo generator that stand in when no calibration images are given."""
 SAMPLES = 20_000
 """Values of a tensor an image that its range is chosen from."""
+EXPONENTS = (2.0, 1.5, 1.25, 1.0)
+"""A range has the least mean of |rounding error| to one of these. Rare large values count less with a small one."""
 LEAST_RANGE = 1e-6
 """Of a tensor that is nothing but zeros."""
 FITTED_PIXELS = 100_000
@@ -97,8 +99,8 @@ def _cut(rgb: np.ndarray, labels: np.ndarray | None) -> Image:
     return rgb[:MAX_SIDE, :MAX_SIDE].copy(), None if labels is None else labels[:MAX_SIDE, :MAX_SIDE].copy()
 
 
-def choose_ranges(network: Network, images: Iterable[Image]) -> Ranges:
-    """The int8 ranges of `network` (without batch norms): of the limits, the one with the least squared rounding error.
+def candidate_ranges(network: Network, images: Iterable[Image]) -> list[Ranges]:
+    """Int8 ranges of `network` (without batch norms): one for each of `EXPONENTS`, of least rounding error.
 
     The first convolution stays in floating point: its input has a sign, and its time is little.
     """
@@ -122,24 +124,45 @@ def choose_ranges(network: Network, images: Iterable[Image]) -> Ranges:
             model(torch.from_numpy(pad_to_stride(rgb, network.stride))[None])
     for hook in hooks:
         hook.remove()
-    limits: dict[str, dict[str, float]] = {"inputs": {}, "outputs": {}}
+    limits: list[dict[str, dict[str, float]]] = [{"inputs": {}, "outputs": {}} for _ in EXPONENTS]
     for (side, name), values in samples.items():
         found = torch.cat(values)
         if side == "outputs" or found.min() >= 0:  # inputs are rounded from 0 up: what has a sign stays as it is
-            limits[side][name] = _best_limit(found, signed=side == "outputs")
-    return Ranges(**limits)
+            for best, limit in zip(limits, _best_limits(found, signed=side == "outputs"), strict=True):
+                best[side][name] = limit
+    return [Ranges(**best) for best in limits]
 
 
-def _best_limit(values: torch.Tensor, signed: bool) -> float:
+def _best_limits(values: torch.Tensor, signed: bool) -> list[float]:
+    """For each of `EXPONENTS` the limit of least error."""
     highest = max(float(values.abs().max()), LEAST_RANGE)
-    limits = [highest * share for share in np.linspace(0.2, 1, 41)]
+    limits = [highest * share for share in np.geomspace(0.05, 1, 61)]
     lowest_level, levels = (-128, 128) if signed else (0, 255)
     errors = []
     for limit in limits:
         step = limit / levels
         rounded = torch.clamp(torch.round(values / step), lowest_level, 127 if signed else 255) * step
-        errors.append(float(torch.mean((rounded - values) ** 2)))
-    return float(f"{limits[int(np.argmin(errors))]:.6g}")
+        distance = (rounded - values).abs()
+        errors.append([float(distance.pow(exponent).mean()) for exponent in EXPONENTS])
+    return [float(f"{limits[index]:.6g}") for index in np.argmin(errors, axis=0)]
+
+
+def choose_ranges(
+    plan: Plan, candidates: Sequence[Ranges], images: Sequence[Image], report: Callable[[str], None]
+) -> Ranges:
+    """Of `candidates` (as `candidate_ranges` gives them) those with which int8 agrees with fp32 on most pixels."""
+    with open_engine(plan, device="cpu", precision="fp32") as engine:
+        exact = [run_tiled(engine, plan, rgb).argmax(0) for rgb, _ in images]
+    agreements = []
+    for ranges in candidates:
+        rounded = replace(plan, manifest={**plan.manifest, "int8": asdict(ranges)})
+        with open_engine(rounded, device="cpu", precision="int8") as engine:
+            classes = [run_tiled(engine, plan, rgb).argmax(0) for rgb, _ in images]
+        same = sum(int((ids == wanted).sum()) for ids, wanted in zip(classes, exact, strict=True))
+        agreements.append(same / sum(ids.size for ids in exact))
+    best = int(np.argmax(agreements))
+    report(f"int8 ranges of least error^{EXPONENTS[best]:g}: {agreements[best]:.3%} of these images' pixels as fp32")
+    return candidates[best]
 
 
 def fit_temperature(plan: Plan, images: Iterable[Image]) -> float:

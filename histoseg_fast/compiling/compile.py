@@ -14,6 +14,7 @@ import torch
 from histoseg_fast import __version__
 from histoseg_fast.compiling.calibrate import (
     Calibration,
+    candidate_ranges,
     choose_ranges,
     fit_temperature,
     load_calibration,
@@ -162,7 +163,9 @@ def compile_plan(
         more["temperature"] = temperature
         report(f"temperature {temperature:.3f} on {calibration.source}")
     if calibration.ranging:
-        more["int8"] = asdict(choose_ranges(network, calibration.ranging))
+        candidates = candidate_ranges(network, calibration.ranging)
+        plan = plan_of_network(network, description, Path(checkpoint))
+        more["int8"] = asdict(choose_ranges(plan, candidates, calibration.ranging, report))
     plan = plan_of_network(network, description, Path(checkpoint), **more)
     return _finish(plan, out, calibration, options, report)
 

@@ -11,7 +11,7 @@ import torch
 from data_folders import easy_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_networks import folded, noise
+from random_networks import folded, noise, plan_of
 from sklearn.metrics import jaccard_score
 from torch import nn
 
@@ -20,6 +20,7 @@ from histoseg_fast.compiling.calibrate import (
     MAX_IMAGES,
     TEMPERATURES,
     Calibration,
+    candidate_ranges,
     choose_ranges,
     fit_temperature,
     load_calibration,
@@ -31,7 +32,8 @@ from histoseg_fast.errors import PlanError
 from histoseg_fast.images import write_png
 from histoseg_fast.labels import PAPER_PALETTE
 from histoseg_fast.machine import cpu_precisions
-from histoseg_fast.plan import MODEL, pack, unpack
+from histoseg_fast.plan import MODEL, Ranges, pack, unpack
+from histoseg_fast.synthetic import make_field
 
 # -- images ----------------------------------------------------------------------------------------
 
@@ -98,7 +100,7 @@ IMAGES = [(noise(20, 30, i), None) for i in range(3)]
 
 
 def test_ranges_are_positive_and_of_layers_without_a_sign():
-    found = choose_ranges(Small().eval(), IMAGES)
+    found = candidate_ranges(Small().eval(), IMAGES)[0]
     assert set(found.inputs) == {"b", "last"} and set(found.outputs) == {"b"}
     assert all(limit > 0 for limit in (*found.inputs.values(), *found.outputs.values()))
 
@@ -106,12 +108,12 @@ def test_ranges_are_positive_and_of_layers_without_a_sign():
 @pytest.mark.parametrize("grey", [0, 255])
 def test_ranges_from_images_without_contrast(grey):
     """All-white images are positive after normalisation too: yet the first layer is left alone."""
-    found = choose_ranges(Small().eval(), [(np.full((9, 7, 3), grey, np.uint8), None)])
+    found = candidate_ranges(Small().eval(), [(np.full((9, 7, 3), grey, np.uint8), None)])[0]
     assert set(found.inputs) == {"b", "last"}
 
 
 def test_ranges_of_a_single_pixel():
-    found = choose_ranges(folded("fast"), [(noise(1, 1), None)])
+    found = candidate_ranges(folded("fast"), [(noise(1, 1), None)])[0]
     assert len(found.inputs) == 22 and min(found.inputs.values()) > 0
 
 
@@ -121,7 +123,7 @@ def test_ranges_of_layers_that_are_dead(tiny_plan):
     for layer in (network.a, network.b):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    found = choose_ranges(network, IMAGES)
+    found = candidate_ranges(network, IMAGES)[0]
     assert min(found.inputs["b"], found.outputs["b"]) > 0
     manifest = {k: v for k, v in tiny_plan.manifest.items() if k not in ("format", "version", "members")}
     packed = pack(manifest | {"int8": {"inputs": found.inputs, "outputs": found.outputs}}, tiny_plan.members)
@@ -130,7 +132,7 @@ def test_ranges_of_layers_that_are_dead(tiny_plan):
 
 def test_ranges_repeat_and_leave_no_hooks():
     network = Small().eval()
-    assert choose_ranges(network, IMAGES) == choose_ranges(network, IMAGES)
+    assert candidate_ranges(network, IMAGES) == candidate_ranges(network, IMAGES)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
@@ -140,16 +142,34 @@ def test_the_limit_has_the_least_rounding_error(seed, scale, signed):
     values = np.random.default_rng(seed).standard_normal(500) ** 3 * scale
     values = (values if signed else np.abs(values)).astype(np.float32)
     highest = np.abs(values).max()
-    found = calibrate._best_limit(torch.from_numpy(values), signed)
-    assert 0.199 * highest < found < 1.001 * highest
+    limits = calibrate._best_limits(torch.from_numpy(values), signed)
+    assert all(0.049 * highest < limit < 1.001 * highest for limit in limits)
 
-    def error(limit):
+    def error(limit, exponent):
         """Of eight bits from 0 to the limit, or from minus the limit to the step below it."""
         levels = np.linspace(-limit, limit * 127 / 128, 256) if signed else np.linspace(0, limit, 256)
-        return ((levels[np.abs(values[:, None] - levels).argmin(1)] - values) ** 2).mean()
+        return (np.abs(levels[np.abs(values[:, None] - levels).argmin(1)] - values) ** exponent).mean()
 
-    least = min(error(highest * share) for share in np.linspace(0.2, 1, 41))
-    assert error(found) == pytest.approx(least, rel=1e-3, abs=1e-12)
+    for exponent, found in zip(calibrate.EXPONENTS, limits, strict=True):
+        least = min(error(highest * share, exponent) for share in np.geomspace(0.05, 1, 61))
+        assert error(found, exponent) == pytest.approx(least, rel=1e-3, abs=1e-12)
+
+
+def test_rare_large_values_count_less_with_a_small_exponent():
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal(20_000).astype(np.float32)).abs()
+    values[:3] = 60
+    limits = calibrate._best_limits(values, signed=False)
+    assert limits == sorted(limits, reverse=True) and limits[0] > 10 > limits[-1]
+
+
+def test_the_ranges_that_agree_most_are_chosen():
+    """Whatever their place, on the images that are given."""
+    plan, lines = plan_of("fast"), []
+    images = [(make_field(seed, 96, 64)[0], None) for seed in range(2)]
+    good = candidate_ranges(folded("fast"), images)
+    bad = Ranges({name: limit / 50 for name, limit in good[0].inputs.items()}, good[0].outputs)
+    assert choose_ranges(plan, [bad, good[1], bad], images, lines.append) == good[1]
+    assert len(lines) == 1 and lines[0].startswith("int8 ranges of least error^1.5: 9") and "as fp32" in lines[0]
 
 
 # -- temperature -----------------------------------------------------------------------------------

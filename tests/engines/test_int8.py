@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 from random_networks import folded, noise, plan_of
 
-from histoseg_fast.compiling.calibrate import choose_ranges
+from histoseg_fast.compiling.calibrate import candidate_ranges
 from histoseg_fast.engines import open_engine, openvino, run_tiled
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.machine import cpu_precisions
@@ -133,7 +133,7 @@ def test_int8_is_the_rounding_that_the_plan_says(tiny_plan, monkeypatch, change,
 def test_the_fast_network_in_int8():
     """A field: classes as in fp32, and the tile size changes nothing to speak of."""
     image = make_field(1)[0][:480, :416]
-    limits = choose_ranges(folded("fast"), [(make_field(2)[0][:256, :256], None)])
+    limits = candidate_ranges(folded("fast"), [(make_field(2)[0][:256, :256], None)])[0]
     plan = changed(plan_of("fast"), int8=ranges(limits.inputs, limits.outputs))
     with (
         open_engine(plan, device="cpu", precision="fp32") as exact,
@@ -149,7 +149,7 @@ def test_the_fast_network_in_int8():
 @needs_int8
 def test_the_papers_network_in_int8():
     image = make_field(1)[0][:128, :160]
-    limits = choose_ranges(folded("final"), [(make_field(2)[0][:96, :96], None)])
+    limits = candidate_ranges(folded("final"), [(make_field(2)[0][:96, :96], None)])[0]
     assert "head.up2" in limits.inputs and not limits.outputs
     plan = changed(plan_of("final"), int8=ranges(limits.inputs))
     with (
