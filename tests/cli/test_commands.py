@@ -379,8 +379,9 @@ def test_compile(run, data, tmp_path, monkeypatch):
     code, out, err = run("compile", source, "-o", made, *arguments)
     assert (code, err) == (0, "") and "two.plan" in out
     lines = out.splitlines()
-    assert lines[0].startswith("network two: stride 2, halo ") and "temperature" not in out
-    for line, precision in zip(lines[1:], cpu_precisions(), strict=False):
+    assert lines[0].startswith("int8 ranges of least error^") and "temperature" not in out
+    assert lines[1].startswith("network two: stride 2, halo ")
+    for line, precision in zip(lines[2:], cpu_precisions(), strict=False):
         assert line.startswith(f"{precision}: ") and line.endswith("% of pixels as fp32; 1.25 megapixels/s here")
     for precision in cpu_precisions()[1:]:
         assert f"{precision} passes the gate of 25.0% agreement, 1 points of mIoU\n" in out
