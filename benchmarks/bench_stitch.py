@@ -90,10 +90,12 @@ def test_stitch_with_probabilities(benchmark, tile):
     logits, outputs = tile
     planes = np.zeros(logits.shape, np.uint8)
     measure(benchmark, "stitch with probabilities", _core.stitch, logits, (0, 0, HEIGHT, WIDTH), *outputs, planes)
+    np.testing.assert_array_equal(planes.argmax(0)[planes.max(0) > 127], outputs[0][planes.max(0) > 127])
 
 
 def test_numpy(benchmark, tile):
     measure(benchmark, "numpy", numpy_stitch, tile[0], *tile[1])
+    np.testing.assert_array_equal(tile[1][0], tile[0].argmax(0))
 
 
 def test_opencv(benchmark, tile):

@@ -19,7 +19,7 @@ from histoseg_fast.errors import UsageError
 CORE_SHARE = 0.785
 """Of the pixels of a large tile at least so many are its core, where `MAX_LARGE_PIXELS` allow it."""
 MAX_LARGE_PIXELS = 8_000_000
-"""Of a large tile: the engine's memory grows with them, some 50 bytes a pixel and batch in flight for `fast`."""
+"""Of a large tile: the engine's memory grows with them, some 55 bytes a pixel and batch in flight for `fast`."""
 MAX_BAND_BYTES = 5 << 26
 """A row of large tiles may take so much memory: wider images are cut by smaller ones."""
 

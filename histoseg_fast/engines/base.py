@@ -73,8 +73,13 @@ class Slot:
 
         `core` is the tile's own in `cores`. Returns how many of its pixels have a logit that is not finite.
         """
+        return _core.stitch(self.logits_of(index), core, classes, counts, confidence, probabilities)
+
+    def logits_of(self, index: int) -> np.ndarray:
+        """The logits of tile `index` as `stitch` reads them, in either layout that `_core.stitch` takes."""
         assert self.logits is not None
-        return _core.stitch(self.logits[index], core, classes, counts, confidence, probabilities)
+        logits: np.ndarray = self.logits[index]
+        return logits
 
     def close(self) -> None:
         """Free what the slot holds beyond ordinary memory; `Engine.close` does it, too."""

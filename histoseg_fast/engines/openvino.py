@@ -7,13 +7,11 @@ import openvino as ov
 import openvino.properties as properties
 import openvino.properties.hint as hint
 
-from histoseg_fast import _core
 from histoseg_fast.engines.base import Engine, Slot
 from histoseg_fast.engines.int8 import quantise
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.machine import available_cores, cpu_precisions
 from histoseg_fast.plan import MODEL, Plan
-from histoseg_fast.tiling import Core
 
 PRECISIONS = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 """Of what is computed in floating point; under int8, the first layer and whatever has no range."""
@@ -38,17 +36,10 @@ class OpenVINOSlot(Slot):
         self.result = None
         return super().reshape(n, h, w)
 
-    def stitch(
-        self,
-        index: int,
-        core: Core,
-        classes: np.ndarray,
-        counts: np.ndarray,
-        confidence: np.ndarray,
-        probabilities: np.ndarray | None = None,
-    ) -> int:
+    def logits_of(self, index: int) -> np.ndarray:
         assert self.result is not None
-        return _core.stitch(self.result[index], core, classes, counts, confidence, probabilities)
+        logits: np.ndarray = self.result[index]
+        return logits
 
 
 class OpenVINOEngine(Engine):

@@ -70,7 +70,7 @@ class Tissue:
             return TileGrid(height, width, whole.rows, columns)
         side = tiling.side(height, width)
         step = padded_length(max((side - tiling.tile) // MOST_SHAPES, 1), tiling.stride)
-        shapes = [(tall, max(tiling.large, side) ** 2 // tall) for tall in range(side, tiling.tile - 1, -step)]
+        shapes = [(tall, tiling.large**2 // tall) for tall in range(side, tiling.tile - 1, -step)]
         return min((self._fitted(height, width, *shape, tiling) for shape in shapes), key=lambda grid: grid.pixels)
 
     def _fitted(self, height: int, width: int, tall: int, wide: int, tiling: Tiling) -> TileGrid:

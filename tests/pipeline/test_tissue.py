@@ -112,7 +112,7 @@ def test_fitted_tiles_cover_all_tissue_once_and_little_more(height, width, tile,
             core = slice(row.core, row.core_end), slice(column.core, column.core_end)
             covered[core] += 1
             tall, wide = row.outer_end - row.outer, column.outer_end - column.outer
-            assert tall <= side and tall * wide <= max(side, tile + more) ** 2 and full[row.core : row.core_end].any()
+            assert tall <= side and tall * wide <= (tile + more) ** 2 and full[row.core : row.core_end].any()
             pixels += tall * wide
     assert grid.pixels == pixels <= Tissue(mask, step)._fitted(height, width, side, side, tiling).pixels
     assert covered.max(initial=0) <= 1 and (covered[full] == 1).all()
