@@ -410,5 +410,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("set_simd_level", &py_set_simd_level, "level"_a,
           "For tests: use 'baseline', 'avx2' or 'avx512'. Answers do not depend on it.");
     bind_cuda(m);
+    bind_layers(m);
     bind_outlines(m);
 }

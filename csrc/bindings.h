@@ -13,8 +13,9 @@ namespace py = pybind11;
 
 namespace histoseg {
 
-// In bindings_cuda.cpp and bindings_outlines.cpp.
+// In bindings_cuda.cpp, bindings_layers.cpp and bindings_outlines.cpp.
 void bind_cuda(py::module_& m);
+void bind_layers(py::module_& m);
 void bind_outlines(py::module_& m);
 
 [[noreturn]] inline void fail(const std::string& name, const std::string& what) {

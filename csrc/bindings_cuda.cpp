@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bindings.h"
+#include "bindings_device.h"
 #include "gather_threads.h"
 #include "labels.h"
 #include "stitch_threads.h"
@@ -13,11 +13,6 @@
 namespace histoseg {
 
 #ifndef HISTOSEG_CUDA_BUILT
-namespace {
-constexpr const char* kNotBuilt =
-    "this build of histoseg-fast has no CUDA kernels; install the CUDA toolkit and build again with HISTOSEG_CUDA=1";
-}
-
 const char* launch_decode_labels(const std::uint8_t*, std::int64_t, std::int64_t, int, std::ptrdiff_t,
                                  const PaletteTable&, std::int32_t, std::uint8_t*, unsigned long long*, void*) {
     return kNotBuilt;
@@ -27,28 +22,6 @@ const char* launch_gather(const GatherBatch&, void*) { return kNotBuilt; }
 #endif
 
 namespace {
-
-using Address = std::uintptr_t;
-
-void check_launch(const char* name, const char* error) {
-    if (error != nullptr) throw std::runtime_error(std::string(name) + ": " + error);
-}
-
-std::int64_t checked_number(std::int64_t value, const char* name, std::int64_t least, std::int64_t most) {
-    if (value < least || value > most) {
-        fail(name, "expected " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
-                       std::to_string(value));
-    }
-    return value;
-}
-
-// `address` as a pointer; 0 only where nothing `needed` lies there.
-template <typename T>
-T* checked_address(Address address, const char* name, bool needed) {
-    if (address == 0 && needed) fail(name, "is 0, which is no address");
-    if (address % alignof(T) != 0) fail(name, "is not aligned to " + std::to_string(alignof(T)) + " bytes");
-    return reinterpret_cast<T*>(address);
-}
 
 // `count` tiles of `height` x `width` pixels, as a launch takes them.
 void check_tiles(std::int64_t count, std::int64_t height, std::int64_t width) {

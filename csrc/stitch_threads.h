@@ -6,29 +6,11 @@
 #include <type_traits>
 
 #include "cuda_threads.h"
+#include "half.h"
 #include "stitch.h"
 #include "stitch_pixel.h"
 
 namespace histoseg {
-
-// An IEEE half, bits only.
-struct Half {
-    std::uint16_t bits;
-};
-
-HISTOSEG_INLINE float to_float(float x) { return x; }
-
-HISTOSEG_INLINE float to_float(Half x) {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-#else
-    const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
-    if (rest < 0x0400u) return bits_float(sign | float_bits(static_cast<float>(rest) * 0x1p-24f));
-    return bits_float(sign | ((rest << 13) + (rest < 0x7C00u ? 0x38000000u : 0x70000000u)));
-#endif
-}
 
 // One build of the kernel. kFixed is the number of classes if the pixel code is written out for it: then a piece is
 // kPixels pixels, loaded 16 bytes at a time. Else it is 0 and a piece one pixel, whose values still lie beside those

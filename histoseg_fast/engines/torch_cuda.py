@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from histoseg_fast import _core
 from histoseg_fast.engines.gpu import GpuEngine, Network, Report, Shape
+from histoseg_fast.engines.half_network import HalfNetwork
 from histoseg_fast.engines.memory import Block, Memory, OutOfMemory, failure
 from histoseg_fast.errors import EngineError, HistosegError
 from histoseg_fast.models.network import rebuild
@@ -25,22 +25,6 @@ from histoseg_fast.plan import Plan
 
 COMPILE_VARIABLE = "HISTOSEG_TORCH_COMPILE"
 """Set to 1: torch.compile, which joins biases and ReLUs to the convolutions; minutes for every new shape."""
-
-
-class _Half(nn.Module):
-    """A network that computes in fp16 up to its last convolution."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.half()
-        for module in network.modules():
-            last = getattr(module, "logits", None)
-            if isinstance(last, nn.Conv2d):
-                last.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(x.half())
-        return logits
 
 
 class TorchMemory(Memory):
@@ -136,11 +120,12 @@ class TorchNetwork(Network):
         self._device, self._precision = torch.device(memory.device), precision
         self.graphs = self._device.type == "cuda"
         self._library: Any = torch.get_device_module(self._device)
-        module = rebuild(plan)
-        if precision == "fp16":
-            module.network = _Half(module.network)  # type: ignore[assignment] # it is only run
-        module = module.to(self._device).to(memory_format=torch.channels_last)
+        module: Any = rebuild(plan)
         compiled = os.environ.get(COMPILE_VARIABLE) == "1"
+        if precision == "fp16":
+            module = HalfNetwork(module, self._device, memory.kernels and not compiled)
+        else:
+            module = module.to(self._device).to(memory_format=torch.channels_last)
         self._module: Any = torch.compile(module, dynamic=False) if compiled else module
         self._logits: torch.Tensor | None = None
         self._pool: Any = None

@@ -54,11 +54,12 @@ def test_it_computes_what_the_cpu_engine_computes(arch):
 @pytest.mark.parametrize("arch", ["final", "fast"])
 def test_fp16_keeps_its_last_convolution_in_fp32(arch):
     with TorchEngine(plan_of(arch), "cpu", "fp16") as engine:
-        types = {name: t.dtype for name, t in engine._network._module.named_parameters() if name.endswith("weight")}
+        module = engine._network._module
+        types = {name: t.dtype for name, t in module.named_parameters() if name.endswith("weight")}
         (last,) = [name for name in types if name.endswith("logits.weight")]
         assert types.pop(last) == torch.float32
         assert set(types.values()) == {torch.float16}
-        assert engine._network._module.scale.dtype == torch.float32
+        assert module.module.scale.dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,16 @@ from kernels import (
     stitch_cases,
     stitch_on_cpu,
 )
+from layer_kernels import (
+    LayerCase,
+    check_broken_values,
+    check_join,
+    check_logits,
+    check_pool,
+    check_spread,
+    check_unfold,
+    layer_cases,
+)
 
 from histoseg_fast import _core
 from histoseg_fast.labels import PAPER_PALETTE
@@ -80,6 +90,31 @@ def test_gather_from_a_large_image():
     image = random.integers(0, 256, (2000, 3001, 3), np.uint8)
     origins = np.stack([random.integers(0, 2000, 8), random.integers(0, 3001, 8)], 1).astype(np.int32)
     check_gather(GPU, GatherCase(image, origins, (512, 512)))
+
+
+@SETTINGS
+@given(layer_cases())
+def test_layers(case):
+    check_unfold(GPU, _core.cuda_unfold, case, 3)
+    check_unfold(GPU, _core.cuda_unfold, case, 4)
+    check_pool(GPU, _core.cuda_pool, case)
+    check_spread(GPU, _core.cuda_spread, case)
+    check_join(GPU, _core.cuda_join, case)
+    for outputs, shuffle in ((3, 1), (16, 1), (12, 2)):
+        check_logits(GPU, _core.cuda_logits, case, outputs, shuffle)
+
+
+def test_large_layers():
+    case = LayerCase(2, 264, 420, 64, 0)
+    check_unfold(GPU, _core.cuda_unfold, case, 3)
+    check_pool(GPU, _core.cuda_pool, case)
+    check_spread(GPU, _core.cuda_spread, case)
+    check_join(GPU, _core.cuda_join, case)
+    check_logits(GPU, _core.cuda_logits, case, 12, 2)
+
+
+def test_broken_values_reach_the_logits():
+    check_broken_values(GPU, _core.cuda_logits)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
