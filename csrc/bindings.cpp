@@ -5,13 +5,11 @@
 
 #include <cmath>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "crf.h"
 #include "labels.h"
 #include "overlay.h"
-#include "png_filters.h"
 #include "regions.h"
 #include "resample.h"
 #include "simd.h"
@@ -20,30 +18,6 @@
 
 namespace histoseg {
 namespace {
-
-// NumPy leaves the stride of an axis of length 0 or 1 undefined.
-void check_contiguous(const py::array& array, const char* name, py::ssize_t axis, py::ssize_t stride) {
-    if (array.size() > 0 && array.shape(axis) > 1 && array.strides(axis) != stride) {
-        fail(name, "axis " + std::to_string(axis) + " must be contiguous (stride " + std::to_string(stride) +
-                       " bytes), got " + std::to_string(array.strides(axis)));
-    }
-}
-
-void check_shape(const py::array& array, const char* name, const std::vector<py::ssize_t>& shape) {
-    if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape) return;
-    fail(name, "expected shape " + py::str(py::tuple(py::cast(shape))).cast<std::string>() + ", got " +
-                   shape_text(array));
-}
-
-// An output: the same checks, and it can be written to.
-template <typename T>
-py::array checked_output(const py::object& object, const char* name, const std::vector<py::ssize_t>& shape) {
-    auto array = checked<T>(object, name, static_cast<py::ssize_t>(shape.size()));
-    if (!array.writeable()) fail(name, "is read-only");
-    check_shape(array, name, shape);
-    check_contiguous(array, name, array.ndim() - 1, static_cast<py::ssize_t>(sizeof(T)));
-    return array;
-}
 
 void check_threads(int threads) {
     if (threads < 0 || threads > kMaxThreads) {
@@ -186,11 +160,6 @@ std::int64_t py_stitch(const py::object& logits_object, const py::object& core_o
 }
 
 // Rows of packed RGB pixels, as tint reads and writes them.
-void check_packed_rgb(const py::array& array, const char* name) {
-    check_contiguous(array, name, 2, 1);
-    check_contiguous(array, name, 1, 3);
-}
-
 void py_tint(const py::object& rgb_object, const py::object& ids_object, const py::object& above_object,
              const py::object& palette_object, int alpha, const py::object& out_object) {
     const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);
@@ -223,21 +192,6 @@ void py_tint(const py::object& rgb_object, const py::object& ids_object, const p
     band.width = width;
     const py::gil_scoped_release released;
     tint(band, palette, static_cast<std::uint8_t>(alpha));
-}
-
-bool py_unfilter_rgb(const py::bytes& rows, const py::object& out_object) {
-    const auto given = checked<std::uint8_t>(out_object, "out", 3);
-    auto out = checked_output<std::uint8_t>(out_object, "out", {given.shape(0), given.shape(1), 3});
-    check_packed_rgb(out, "out");
-    const std::string_view bytes = rows;  // CPython keeps a zero behind them, which unfilter_rgb may read
-    const std::int64_t height = out.shape(0), width = out.shape(1);
-    if (static_cast<std::int64_t>(bytes.size()) != height * (3 * width + 1)) {
-        fail("rows", "expected " + std::to_string(height * (3 * width + 1)) + " bytes, got " +
-                         std::to_string(bytes.size()));
-    }
-    auto* target = static_cast<std::uint8_t*>(out.mutable_data());
-    const py::gil_scoped_release released;
-    return unfilter_rgb(reinterpret_cast<const std::uint8_t*>(bytes.data()), height, width, target, out.strides(0));
 }
 
 void check_pixels(const py::array& array, const char* name, std::int64_t pixels, std::int64_t most) {
@@ -390,9 +344,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           "as before a pixel shuffle, (classes, 2, 2, height / 2, width / 2).");
     m.def("tint", &py_tint, "rgb"_a, "ids"_a, "above"_a, "palette"_a, "alpha"_a, "out"_a,
           "Blends class colours (alpha 0..255) and outlines over rgb, into out (which may be rgb).");
-    m.def("unfilter_rgb", &py_unfilter_rgb, "rows"_a, "out"_a,
-          "Undoes the row filters of inflated 8-bit RGB PNG data, into uint8 (height, width, 3) with rows any distance "
-          "apart; whether every filter was known.");
     m.def("remove_islands", &py_remove_islands, "ids"_a, "area"_a,
           "(ids, changed) of uint8 (height, width) ids: components of fewer than area pixels join the class that they "
           "share the longest border with, smallest first; changed is a number of pixels.");
@@ -412,4 +363,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     bind_cuda(m);
     bind_layers(m);
     bind_outlines(m);
+    bind_png(m);
 }

@@ -3,9 +3,11 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "labels_pixel.h"
 
@@ -13,10 +15,11 @@ namespace py = pybind11;
 
 namespace histoseg {
 
-// In bindings_cuda.cpp, bindings_layers.cpp and bindings_outlines.cpp.
+// In bindings_cuda.cpp, bindings_layers.cpp, bindings_outlines.cpp and bindings_png.cpp.
 void bind_cuda(py::module_& m);
 void bind_layers(py::module_& m);
 void bind_outlines(py::module_& m);
+void bind_png(py::module_& m);
 
 [[noreturn]] inline void fail(const std::string& name, const std::string& what) {
     throw py::value_error(name + ": " + what);
@@ -36,6 +39,35 @@ py::array checked(const py::object& object, const char* name, py::ssize_t ndim) 
     if (array.ndim() != ndim) fail(name, "expected " + std::to_string(ndim) + " axes, got shape " + shape_text(array));
     if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) fail(name, "is not aligned to its dtype");
     return array;
+}
+
+// NumPy leaves the stride of an axis of length 0 or 1 undefined.
+inline void check_contiguous(const py::array& array, const char* name, py::ssize_t axis, py::ssize_t stride) {
+    if (array.size() > 0 && array.shape(axis) > 1 && array.strides(axis) != stride) {
+        fail(name, "axis " + std::to_string(axis) + " must be contiguous (stride " + std::to_string(stride) +
+                       " bytes), got " + std::to_string(array.strides(axis)));
+    }
+}
+
+inline void check_shape(const py::array& array, const char* name, const std::vector<py::ssize_t>& shape) {
+    if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape) return;
+    fail(name, "expected shape " + py::str(py::tuple(py::cast(shape))).cast<std::string>() + ", got " +
+                   shape_text(array));
+}
+
+// An output: the same checks, and it can be written to.
+template <typename T>
+py::array checked_output(const py::object& object, const char* name, const std::vector<py::ssize_t>& shape) {
+    auto array = checked<T>(object, name, static_cast<py::ssize_t>(shape.size()));
+    if (!array.writeable()) fail(name, "is read-only");
+    check_shape(array, name, shape);
+    check_contiguous(array, name, array.ndim() - 1, static_cast<py::ssize_t>(sizeof(T)));
+    return array;
+}
+
+inline void check_packed_rgb(const py::array& array, const char* name) {
+    check_contiguous(array, name, 2, 1);
+    check_contiguous(array, name, 1, 3);
 }
 
 inline PaletteTable checked_palette(const py::object& object) {

@@ -11,7 +11,7 @@
 namespace histoseg {
 
 #ifndef HISTOSEG_CUDA_BUILT
-const char* launch_unfold(const UnfoldLayer&, void*) { return kNotBuilt; }
+const char* launch_first(const FirstLayer&, void*) { return kNotBuilt; }
 const char* launch_pool(const PoolLayer&, void*) { return kNotBuilt; }
 const char* launch_spread(const SpreadLayer&, void*) { return kNotBuilt; }
 const char* launch_join(const JoinLayer&, void*) { return kNotBuilt; }
@@ -34,9 +34,28 @@ const char* on_host(std::int32_t count, std::int32_t rows, std::int64_t pieces, 
     return nullptr;
 }
 
-const char* emulate_unfold(const UnfoldLayer& layer, void*) {
-    return on_host(layer.count, layer.rows(), unfold_pieces(layer), [&](const LayerPlace& place) {
-        layer.kernel == 3 ? unfold_thread<3>(layer, place) : unfold_thread<4>(layer, place);
+// One channel of a pixel of the first convolution before the ReLU.
+float one_sum(const FirstLayer& layer, const LayerPlace& place, std::int32_t channel) {
+    const auto* weights = static_cast<const Half*>(layer.weights);
+    const auto top = static_cast<std::int32_t>(place.row) * layer.stride() - 1;
+    const auto left = static_cast<std::int32_t>(place.piece) * layer.stride() - 1;
+    float sum = 0.0f;
+    for (std::int32_t value = 0; value < layer.kernel * layer.kernel * 3; ++value) {
+        const std::int32_t down = value / (3 * layer.kernel), across = value / 3 % layer.kernel, c = value % 3;
+        const Half* row = weights + (down * layer.reach() + across * layer.pixel() + c) * layer.channels();
+        sum += to_float(normalised(layer, place.tile, top + down, left + across, c)) * to_float(row[channel]);
+    }
+    return sum + layer.bias[channel];
+}
+
+const char* emulate_first(const FirstLayer& layer, void*) {
+    const std::int32_t rows = layer.height / layer.stride(), columns = layer.width / layer.stride();
+    return on_host(layer.count, rows, columns, [&](const LayerPlace& place) {
+        const std::int64_t pixel = (std::int64_t{place.tile} * rows + place.row) * columns + place.piece;
+        for (std::int32_t c = 0; c < layer.channels(); ++c) {
+            const std::uint32_t bits = greater_halves(to_half(one_sum(layer, place, c)).bits, 0);
+            static_cast<Half*>(layer.to)[pixel * layer.channels() + c].bits = static_cast<std::uint16_t>(bits);
+        }
     });
 }
 
@@ -63,9 +82,9 @@ float one_logit(const LogitsLayer& layer, std::int64_t tile, std::int32_t y, std
         if (row < 0 || row >= layer.height || column < 0 || column >= layer.width) continue;
         const Half* pixel = from + ((tile * layer.height + row) * layer.width + column) * kLogitsChannels;
         for (std::int32_t c = 0; c < kLogitsChannels; ++c) {
-            const Half* weight = weights + (tap * kLogitsChannels + c) * kMaxLogitsOutputs + output;
+            const Half* weight = weights + (tap * kLogitsChannels + c) * layer.columns() + output;
             sum += to_float(pixel[c]) * to_float(weight[0]);
-            sum += to_float(pixel[c]) * to_float(weight[9 * kLogitsChannels * kMaxLogitsOutputs]);
+            sum += to_float(pixel[c]) * to_float(weight[layer.columns() / 2]);
         }
     }
     return sum + layer.bias[output];
@@ -107,11 +126,11 @@ std::int32_t checked_channels(std::int64_t channels) {
     return static_cast<std::int32_t>(channels);
 }
 
-template <const char* (*kLaunch)(const UnfoldLayer&, void*)>
-void py_unfold(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int kernel, std::array<float, 3> scale,
-               std::array<float, 3> shift, Address to, Address stream) {
+template <const char* (*kLaunch)(const FirstLayer&, void*)>
+void py_first(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int kernel, std::array<float, 3> scale,
+              std::array<float, 3> shift, Address weights, Address bias, Address to, Address stream) {
     checked_number(kernel, "kernel", 3, 4);
-    UnfoldLayer layer{};
+    FirstLayer layer{};
     layer.kernel = kernel;
     const bool any = check_sides(n, h, w, h / layer.stride());
     if (h % layer.stride() || w % layer.stride()) fail("h, w", "expected multiples of the stride, 2");
@@ -123,9 +142,11 @@ void py_unfold(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int 
         layer.scale[c] = scale[c];
         layer.shift[c] = shift[c];
     }
+    layer.weights = tensor_at<const char>(weights, "weights_ptr", any);
+    layer.bias = checked_address<const float>(bias, "bias_ptr", any);
     layer.to = tensor_at<char>(to, "to_ptr", any);
     const py::gil_scoped_release released;
-    check_launch("unfold", kLaunch(layer, reinterpret_cast<void*>(stream)));
+    check_launch("first", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
 // Pool and spread: `rows` of the output for each of the h of the layer.
@@ -182,17 +203,18 @@ void py_logits(Address from, std::int64_t n, std::int64_t h, std::int64_t w, Add
     check_launch("logits", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
-template <const char* (*kUnfold)(const UnfoldLayer&, void*), const char* (*kPool)(const PoolLayer&, void*),
+template <const char* (*kFirst)(const FirstLayer&, void*), const char* (*kPool)(const PoolLayer&, void*),
           const char* (*kSpread)(const SpreadLayer&, void*), const char* (*kJoin)(const JoinLayer&, void*),
           const char* (*kLogits)(const LogitsLayer&, void*)>
 void define(py::module_& m, const std::string& prefix, const char* where) {
     using namespace pybind11::literals;
     const auto text = [&](const char* what) { return std::string(what) + where; };
-    m.def((prefix + "unfold").c_str(), &py_unfold<kUnfold>, "rgb_ptr"_a, "n"_a, "h"_a, "w"_a, "kernel"_a, "scale"_a,
-          "shift"_a, "to_ptr"_a, "stream"_a,
-          text("Normalised RGB (value * scale + shift) of uint8 (n, h, w, 3) as the first convolution reads it: fp16 "
-               "(n, h, w, 32) for a kernel of 3, (n, h / 2, w / 2, 48) for one of 4 and stride 2, in order of kernel "
-               "row, column and channel, zeros at the end and outside the image. ").c_str());
+    m.def((prefix + "first").c_str(), &py_first<kFirst>, "rgb_ptr"_a, "n"_a, "h"_a, "w"_a, "kernel"_a, "scale"_a,
+          "shift"_a, "weights_ptr"_a, "bias_ptr"_a, "to_ptr"_a, "stream"_a,
+          text("ReLU of a first convolution of normalised RGB (value * scale + shift) of uint8 (n, h, w, 3), sums in fp32: "
+               "fp16 (n, h, w, 64) for a kernel of 3, (n, h / 2, w / 2, 32) for one of 4 and stride 2, with a pixel of "
+               "padding. weights: fp16 (3, 4, 8, 64) or (4, 4, 4, 32) by kernel row, kernel column, channel and output, "
+               "zeros where there is no such column or channel. bias: float32. ").c_str());
     m.def((prefix + "pool").c_str(), &py_two_by_two<PoolLayer, kPool>, "from_ptr"_a, "n"_a, "h"_a, "w"_a, "channels"_a,
           "to_ptr"_a, "stream"_a,
           text("2x2 maxima, fp16 (n, h, w, channels), of what a ReLU left, (n, 2h, 2w, channels). ").c_str());
@@ -206,16 +228,16 @@ void define(py::module_& m, const std::string& prefix, const char* where) {
     m.def((prefix + "logits").c_str(), &py_logits<kLogits>, "from_ptr"_a, "n"_a, "h"_a, "w"_a, "weights_ptr"_a,
           "bias_ptr"_a, "outputs"_a, "shuffle"_a, "to_ptr"_a, "stream"_a,
           text("3x3 convolution of fp16 (n, h, w, 32) to `outputs` channels, sums in fp32, and the pixel shuffle by "
-               "`shuffle`: float32 (n, outputs / shuffle^2, h * shuffle, w * shuffle). weights: fp16 (2, 3, 3, 32, 16), "
-               "two parts that add up, zeros beyond the outputs. bias: float32 (outputs). ").c_str());
+               "`shuffle`: float32 (n, outputs / shuffle^2, h * shuffle, w * shuffle). weights: fp16 (3, 3, 32, "
+               "2, 16), for 8 outputs or fewer (3, 3, 32, 2, 8): two parts that add up, zeros beyond the outputs. bias: float32 (outputs). ").c_str());
 }
 
 }  // namespace
 
 void bind_layers(py::module_& m) {
-    define<launch_unfold, launch_pool, launch_spread, launch_join, launch_logits>(
+    define<launch_first, launch_pool, launch_spread, launch_join, launch_logits>(
         m, "cuda_", "Queued on `stream`; all of it memory of the current device, aligned to 16 bytes.");
-    define<emulate_unfold, emulate_pool, emulate_spread, emulate_join, emulate_logits>(
+    define<emulate_first, emulate_pool, emulate_spread, emulate_join, emulate_logits>(
         m, "emulate_", "For tests: the kernel's threads one by one, on host memory.");
 }
 

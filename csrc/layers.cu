@@ -1,5 +1,5 @@
-// Layers of the networks on the device. What a thread of the four that only move memory does is in layers_threads.h;
-// the last convolution runs on the matrix units.
+// Layers of the networks on the device. What a thread of those that only move memory does is in layers_threads.h; the
+// first and the last convolution run on the matrix units.
 #include <mma.h>
 
 #include "cuda_error.h"
@@ -8,17 +8,6 @@
 namespace histoseg {
 
 namespace {
-
-struct UnfoldBody {
-    UnfoldLayer layer;
-    __device__ void operator()(const LayerPlace& place) const {
-        if (layer.kernel == 3) {
-            unfold_thread<3>(layer, place);
-        } else {
-            unfold_thread<4>(layer, place);
-        }
-    }
-};
 
 struct PoolBody {
     PoolLayer layer;
@@ -51,99 +40,298 @@ const char* launch(const Body& body, std::int32_t count, std::int32_t rows, std:
     return error_text(cudaGetLastError());
 }
 
-// A block of the last convolution: kWarps rows of kColumns pixels, a row to a warp, 16 pixels and outputs at a time.
-constexpr int kWarps = 8, kColumns = 32, kSide = 16;
-constexpr int kChannels = kLogitsChannels;
-constexpr int kInRows = kWarps + 2, kInColumns = kColumns + 2;
-constexpr int kPixelHalves = kChannels + 16;   // padded: fragments begin at multiples of 32 bytes, and banks differ
-constexpr int kWeights = 9 * kChannels * kSide;  // of one part
-constexpr int kOutStride = kSide + 4;
-constexpr int kInBytes = kInRows * kInColumns * kPixelHalves * 2;
-constexpr int kSharedBytes = kInBytes + 2 * kWeights * 2;
-static_assert(kWarps * kColumns * kOutStride * 4 <= kInBytes, "results lie where the input was");
-static_assert(kWarps * 32 == kBlockThreads && kMaxLogitsOutputs == kSide);
+namespace wmma = nvcuda::wmma;
 
-__device__ void load_input(const LogitsLayer& layer, int top, int left, char* shared) {
+constexpr int kSide = 16;  // of a fragment
+constexpr int kWarps = kBlockThreads / 32;
+using Sums = wmma::fragment<wmma::accumulator, kSide, kSide, kSide, float>;
+using Left = wmma::fragment<wmma::matrix_a, kSide, kSide, kSide, __half, wmma::row_major>;
+using Right = wmma::fragment<wmma::matrix_b, kSide, kSide, kSide, __half, wmma::row_major>;
+
+// Both convolutions cut the output into tiles of kWarps rows, one to a warp, and kColumns pixels. A block does one tile
+// after the other, so that it reads the weights once.
+constexpr int kColumns = 32, kParts = kColumns / kSide;
+
+struct ConvTile {
+    std::int64_t image;
+    int top, left;
+};
+
+struct ConvTiles {
+    int across, down;
+    std::int64_t count;
+
+    __host__ __device__ ConvTiles(std::int32_t images, std::int32_t height, std::int32_t width)
+        : across((width + kColumns - 1) / kColumns),
+          down((height + kWarps - 1) / kWarps),
+          count(std::int64_t{images} * across * down) {}
+    __device__ ConvTile operator[](std::int64_t i) const {
+        return {i / across / down, static_cast<int>(i / across % down) * kWarps, static_cast<int>(i % across) * kColumns};
+    }
+};
+
+// `bytes` from the start of `from` to shared memory; both are multiples of 16.
+__device__ void load_shared(const void* from, char* shared, int bytes) {
+    for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes; i += 16 * kBlockThreads) {
+        HalfWords words;
+        load_16(static_cast<const char*>(from) + i, words);
+        store_16(shared + i, words);
+    }
+}
+
+// The first convolution. A pixel has kPixel halves in shared memory, as many as make the step from one output to the
+// next 8 halves: so a fragment whose rows are 8 halves apart holds all kernel columns of a kernel row.
+template <int kKernel>
+struct First {
+    static constexpr int kStride = kKernel == 3 ? 1 : 2, kChannels = kKernel == 3 ? 64 : 32;
+    static constexpr int kStep = 8, kPixel = kStep / kStride, kReach = kKernel == 3 ? 32 : 16;
+    static constexpr int kRows = (kWarps - 1) * kStride + kKernel;
+    static constexpr int kPixels = (kColumns - 1) * kStride + kReach / kPixel;
+    static constexpr int kRowHalves = (kPixels * kPixel + 15) / 16 * 16;  // fragments begin at multiples of 32 bytes
+    static constexpr int kInputBytes = kRows * kRowHalves * 2;
+    static constexpr int kWeightBytes = kKernel * kReach * kChannels * 2;
+    static constexpr int kSumsStride = kChannels + 4;
+    static constexpr int kSumsBytes = kSide * kSumsStride * 4;  // of a warp
+    static constexpr int kSharedBytes = kWeightBytes + kInputBytes + kWarps * kSumsBytes;
+    static constexpr int kBlocksAProcessor = kKernel == 3 ? 2 : 3;  // as its registers allow
+};
+
+template <int kKernel>
+__device__ void load_pixels(const FirstLayer& layer, const ConvTile& tile, char* shared) {
+    using F = First<kKernel>;
+    const int top = tile.top * F::kStride - 1, left = tile.left * F::kStride - 1;
+    for (int i = static_cast<int>(threadIdx.x); i < F::kRows * F::kPixels; i += kBlockThreads) {
+        const int row = i / F::kPixels, column = i % F::kPixels;
+        std::uint32_t words[4] = {};
+        HISTOSEG_UNROLL
+        for (int c = 0; c < 3; ++c) {
+            const std::uint32_t bits = normalised(layer, tile.image, top + row, left + column, c).bits;
+            words[c / 2] |= bits << (16 * (c % 2));
+        }
+        char* to = shared + (row * F::kRowHalves + column * F::kPixel) * 2;
+        if constexpr (F::kPixel == 8) {
+            store_16(to, words);
+        } else {
+            *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+        }
+    }
+}
+
+// 16 pixels of all channels, from sums in shared memory: bias, ReLU and rounding.
+template <int kKernel>
+__device__ void store_pixels(const FirstLayer& layer, const ConvTile& tile, int row, int left, const float* sums) {
+    using F = First<kKernel>;
+    constexpr int kPieces = F::kChannels / kPieceChannels;
+    const int height = layer.height / F::kStride, width = layer.width / F::kStride;
+    if (row >= height) return;
+    const std::int64_t first = (tile.image * height + row) * width + left;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < kSide * kPieces; i += 32) {
+        const int pixel = i / kPieces, channel = i % kPieces * kPieceChannels;
+        if (left + pixel >= width) return;
+        HalfWords words = {};
+        HISTOSEG_UNROLL
+        for (int c = 0; c < kPieceChannels; ++c) {
+            const float sum = sums[pixel * F::kSumsStride + channel + c] + layer.bias[channel + c];
+            words[c / 2] |= static_cast<std::uint32_t>(to_half(sum).bits) << (16 * (c % 2));
+        }
+        HISTOSEG_UNROLL
+        for (int k = 0; k < 4; ++k) words[k] = greater_halves(words[k], 0);
+        store_16(piece_at(layer.to, first * kPieces + i), words);
+    }
+}
+
+template <int kKernel>
+__global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcessor)
+    first_kernel(const __grid_constant__ FirstLayer layer) {
+    using F = First<kKernel>;
+    constexpr int kBlocks = F::kChannels / kSide;
+    extern __shared__ __align__(32) char shared[];
+    const __half* weights = reinterpret_cast<const __half*>(shared);
+    const __half* input = reinterpret_cast<const __half*>(shared + F::kWeightBytes);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    float* results = reinterpret_cast<float*>(shared + F::kWeightBytes + F::kInputBytes + warp * F::kSumsBytes);
+    load_shared(layer.weights, shared, F::kWeightBytes);
+    const ConvTiles tiles(layer.count, layer.height / F::kStride, layer.width / F::kStride);
+    for (std::int64_t i = blockIdx.x; i < tiles.count; i += gridDim.x) {
+        const ConvTile tile = tiles[i];
+        __syncthreads();  // the pixels of the tile before have been read
+        load_pixels<kKernel>(layer, tile, shared + F::kWeightBytes);
+        __syncthreads();
+        Sums sums[kParts][kBlocks];
+        for (auto& part : sums) {
+            for (auto& sum : part) wmma::fill_fragment(sum, 0.0f);
+        }
+#pragma unroll 1  // as below
+        for (int down = 0; down < kKernel; ++down) {
+            const __half* row = input + (warp * F::kStride + down) * F::kRowHalves;
+            HISTOSEG_UNROLL
+            for (int step = 0; step < F::kReach; step += kSide) {
+                Left pixels[kParts];
+                HISTOSEG_UNROLL
+                for (int part = 0; part < kParts; ++part) {
+                    wmma::load_matrix_sync(pixels[part], row + step + part * kSide * F::kStep, F::kStep);
+                }
+                HISTOSEG_UNROLL
+                for (int block = 0; block < kBlocks; ++block) {
+                    Right right;
+                    const int first = (down * F::kReach + step) * F::kChannels + block * kSide;
+                    wmma::load_matrix_sync(right, weights + first, F::kChannels);
+                    HISTOSEG_UNROLL
+                    for (int part = 0; part < kParts; ++part) {
+                        wmma::mma_sync(sums[part][block], pixels[part], right, sums[part][block]);
+                    }
+                }
+            }
+        }
+        HISTOSEG_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+            HISTOSEG_UNROLL
+            for (int block = 0; block < kBlocks; ++block) {
+                wmma::store_matrix_sync(results + block * kSide, sums[part][block], F::kSumsStride, wmma::mem_row_major);
+            }
+            __syncwarp();
+            store_pixels<kKernel>(layer, tile, tile.top + warp, tile.left + part * kSide, results);
+            __syncwarp();
+        }
+    }
+}
+
+// The last convolution. kWide: more outputs than fit one fragment beside their weights' second part.
+constexpr int kChannels = kLogitsChannels;
+constexpr int kInputRows = kWarps + 2, kInputColumns = kColumns + 2;
+constexpr int kPixelHalves = kChannels + 16;  // padded: fragments begin at multiples of 32 bytes, and banks differ
+constexpr int kInputBytes = kInputRows * kInputColumns * kPixelHalves * 2;
+
+template <bool kWide>
+struct Logits {
+    static constexpr int kWidth = kWide ? 2 * kSide : kSide;
+    static constexpr int kSumsStride = kWidth + 4;
+    static constexpr int kWeightBytes = 9 * kChannels * kWidth * 2;
+    static constexpr int kSumsBytes = kSide * kSumsStride * 4;  // of a warp
+    static constexpr int kSharedBytes = kWeightBytes + kInputBytes + kWarps * kSumsBytes;
+    static constexpr int kBlocksAProcessor = kWide ? 3 : 4;  // as shared memory allows
+};
+
+__device__ void load_channels(const LogitsLayer& layer, const ConvTile& tile, char* shared) {
     constexpr int kPieces = kChannels / kPieceChannels;
-    for (int i = static_cast<int>(threadIdx.x); i < kInRows * kInColumns * kPieces; i += kBlockThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kInputRows * kInputColumns * kPieces; i += kBlockThreads) {
         const int part = i % kPieces, pixel = i / kPieces;
-        const int y = top + pixel / kInColumns, x = left + pixel % kInColumns;
+        const int y = tile.top - 1 + pixel / kInputColumns, x = tile.left - 1 + pixel % kInputColumns;
         HalfWords words = {};
         if (y >= 0 && y < layer.height && x >= 0 && x < layer.width) {
-            const std::int64_t row = std::int64_t{blockIdx.z} * layer.height + y;
-            load_16(piece_at(layer.from, (row * layer.width + x) * kPieces + part), words);
+            load_16(piece_at(layer.from, ((tile.image * layer.height + y) * layer.width + x) * kPieces + part), words);
         }
         store_16(shared + pixel * kPixelHalves * 2 + part * 16, words);
     }
 }
 
-__device__ void write_results(const LogitsLayer& layer, int y, int x, const float* results) {
+// One logit of a pixel: the two parts of its weights' products, and the bias.
+template <bool kWide>
+__device__ float logit(const LogitsLayer& layer, const float* sums, int output) {
+    return sums[output] + sums[Logits<kWide>::kWidth / 2 + output] + layer.bias[output];
+}
+
+// 16 pixels: half of the warp writes the even outputs (with a shuffle: the upper rows), half the others.
+template <bool kWide>
+__device__ void store_logits(const LogitsLayer& layer, const ConvTile& tile, int y, int left, const float* results) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, half = lane / kSide, x = left + lane % kSide;
     if (y >= layer.height || x >= layer.width) return;
+    const float* sums = results + lane % kSide * Logits<kWide>::kSumsStride;
     const std::int64_t width = std::int64_t{layer.width} * layer.shuffle;
     const std::int64_t height = std::int64_t{layer.height} * layer.shuffle;
     const int classes = layer.outputs / (layer.shuffle * layer.shuffle);
-    float* to = layer.to + blockIdx.z * classes * height * width;
-    for (int c = 0; c < classes; ++c, to += height * width) {
-        if (layer.shuffle == 1) {
-            to[y * width + x] = results[c] + layer.bias[c];
-            continue;
+    float* to = layer.to + tile.image * classes * height * width;
+    if (layer.shuffle == 1) {
+        for (int c = half; c < classes; c += 2) to[(c * height + y) * width + x] = logit<kWide>(layer, sums, c);
+        return;
+    }
+    for (int c = 0; c < classes; ++c) {
+        const int first = 4 * c + 2 * half;
+        const float2 pair = {logit<kWide>(layer, sums, first), logit<kWide>(layer, sums, first + 1)};
+        *reinterpret_cast<float2*>(to + (c * height + 2 * y + half) * width + 2 * x) = pair;
+    }
+}
+
+template <bool kWide>
+__global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcessor)
+    logits_kernel(const __grid_constant__ LogitsLayer layer) {
+    using L = Logits<kWide>;
+    constexpr int kBlocks = L::kWidth / kSide;
+    extern __shared__ __align__(32) char shared[];
+    const __half* weights = reinterpret_cast<const __half*>(shared);
+    const __half* input = reinterpret_cast<const __half*>(shared + L::kWeightBytes);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    float* results = reinterpret_cast<float*>(shared + L::kWeightBytes + kInputBytes + warp * L::kSumsBytes);
+    load_shared(layer.weights, shared, L::kWeightBytes);
+    const ConvTiles tiles(layer.count, layer.height, layer.width);
+    for (std::int64_t i = blockIdx.x; i < tiles.count; i += gridDim.x) {
+        const ConvTile tile = tiles[i];
+        __syncthreads();  // the pixels of the tile before have been read
+        load_channels(layer, tile, shared + L::kWeightBytes);
+        __syncthreads();
+        Sums sums[kParts][kBlocks];
+        for (auto& part : sums) {
+            for (auto& sum : part) wmma::fill_fragment(sum, 0.0f);
         }
-        for (int below = 0; below < 2; ++below) {
-            const int first = 4 * c + 2 * below;
-            const float2 pair = {results[first] + layer.bias[first], results[first + 1] + layer.bias[first + 1]};
-            *reinterpret_cast<float2*>(to + (2 * y + below) * width + 2 * x) = pair;
+#pragma unroll 1  // unrolled, it would take the registers of two blocks
+        for (int tap = 0; tap < 9; ++tap) {
+            const __half* row = input + ((warp + tap / 3) * kInputColumns + tap % 3) * kPixelHalves;
+            HISTOSEG_UNROLL
+            for (int channel = 0; channel < kChannels; channel += kSide) {
+                Right right[kBlocks];
+                HISTOSEG_UNROLL
+                for (int block = 0; block < kBlocks; ++block) {
+                    const int first = (tap * kChannels + channel) * L::kWidth + block * kSide;
+                    wmma::load_matrix_sync(right[block], weights + first, L::kWidth);
+                }
+                HISTOSEG_UNROLL
+                for (int part = 0; part < kParts; ++part) {
+                    Left pixels;
+                    wmma::load_matrix_sync(pixels, row + part * kSide * kPixelHalves + channel, kPixelHalves);
+                    HISTOSEG_UNROLL
+                    for (int block = 0; block < kBlocks; ++block) {
+                        wmma::mma_sync(sums[part][block], pixels, right[block], sums[part][block]);
+                    }
+                }
+            }
+        }
+        HISTOSEG_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+            HISTOSEG_UNROLL
+            for (int block = 0; block < kBlocks; ++block) {
+                wmma::store_matrix_sync(results + block * kSide, sums[part][block], L::kSumsStride, wmma::mem_row_major);
+            }
+            __syncwarp();
+            store_logits<kWide>(layer, tile, tile.top + warp, tile.left + part * kSide, results);
+            __syncwarp();
         }
     }
 }
 
-__global__ void __launch_bounds__(kBlockThreads) logits_kernel(const __grid_constant__ LogitsLayer layer) {
-    namespace wmma = nvcuda::wmma;
-    extern __shared__ __align__(32) char shared[];
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int top = static_cast<int>(blockIdx.y) * kWarps, left = static_cast<int>(blockIdx.x) * kColumns;
-    load_input(layer, top - 1, left - 1, shared);
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * kWeights / kPieceChannels; i += kBlockThreads) {
-        HalfWords words;
-        load_16(piece_at(layer.weights, i), words);
-        store_16(shared + kInBytes + 16 * i, words);
-    }
-    __syncthreads();
-    const __half* input = reinterpret_cast<const __half*>(shared);
-    const __half* weights = reinterpret_cast<const __half*>(shared + kInBytes);
-    wmma::fragment<wmma::accumulator, kSide, kSide, kSide, float> sums[kColumns / kSide];
-    for (auto& sum : sums) wmma::fill_fragment(sum, 0.0f);
-    HISTOSEG_UNROLL
-    for (int tap = 0; tap < 9; ++tap) {
-        HISTOSEG_UNROLL
-        for (int channel = 0; channel < kChannels; channel += kSide) {
-            wmma::fragment<wmma::matrix_b, kSide, kSide, kSide, __half, wmma::row_major> high, low;
-            const __half* part = weights + (tap * kChannels + channel) * kSide;
-            wmma::load_matrix_sync(high, part, kSide);
-            wmma::load_matrix_sync(low, part + kWeights, kSide);
-            HISTOSEG_UNROLL
-            for (int side = 0; side < kColumns / kSide; ++side) {
-                wmma::fragment<wmma::matrix_a, kSide, kSide, kSide, __half, wmma::row_major> pixels;
-                const int first = (warp + tap / 3) * kInColumns + side * kSide + tap % 3;
-                wmma::load_matrix_sync(pixels, input + first * kPixelHalves + channel, kPixelHalves);
-                wmma::mma_sync(sums[side], pixels, high, sums[side]);
-                wmma::mma_sync(sums[side], pixels, low, sums[side]);
-            }
-        }
-    }
-    __syncthreads();  // the input has been read
-    float* results = reinterpret_cast<float*>(shared) + warp * kColumns * kOutStride;
-    HISTOSEG_UNROLL
-    for (int side = 0; side < kColumns / kSide; ++side) {
-        wmma::store_matrix_sync(results + side * kSide * kOutStride, sums[side], kOutStride, wmma::mem_row_major);
-    }
-    __syncwarp();
-    write_results(layer, top + warp, left + lane, results + lane * kOutStride);
+// As many blocks as the device runs at a time, each with `shared` bytes of shared memory, which may be more than a block
+// gets without asking.
+template <typename Layer>
+const char* launch_conv(void (*kernel)(Layer), const Layer& layer, const ConvTiles& tiles, int shared, void* stream) {
+    if (tiles.count == 0) return nullptr;
+    int device = 0, processors = 0, blocks = 0;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const auto threads = static_cast<int>(kBlockThreads), size = shared;
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size);
+    if (status != cudaSuccess) return error_text(status);
+    const std::int64_t most = std::int64_t{processors} * (blocks > 0 ? blocks : 1);
+    const dim3 grid(static_cast<unsigned>(tiles.count < most ? tiles.count : most));
+    kernel<<<grid, kBlockThreads, shared, static_cast<cudaStream_t>(stream)>>>(layer);
+    return error_text(cudaGetLastError());
 }
 
 }  // namespace
 
-const char* launch_unfold(const UnfoldLayer& layer, void* stream) {
-    return launch(UnfoldBody{layer}, layer.count, layer.rows(), unfold_pieces(layer), stream);
+const char* launch_first(const FirstLayer& layer, void* stream) {
+    const ConvTiles tiles(layer.count, layer.height / layer.stride(), layer.width / layer.stride());
+    if (layer.kernel == 3) return launch_conv(first_kernel<3>, layer, tiles, First<3>::kSharedBytes, stream);
+    return launch_conv(first_kernel<4>, layer, tiles, First<4>::kSharedBytes, stream);
 }
 
 const char* launch_pool(const PoolLayer& layer, void* stream) {
@@ -159,15 +347,11 @@ const char* launch_join(const JoinLayer& layer, void* stream) {
 }
 
 const char* launch_logits(const LogitsLayer& layer, void* stream) {
-    if (layer.count == 0 || layer.height == 0 || layer.width == 0) return nullptr;
-    // More than a block gets without asking.
-    const cudaError_t status =
-        cudaFuncSetAttribute(logits_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (status != cudaSuccess) return error_text(status);
-    const dim3 grid(static_cast<unsigned>((layer.width + kColumns - 1) / kColumns),
-                    static_cast<unsigned>((layer.height + kWarps - 1) / kWarps), static_cast<unsigned>(layer.count));
-    logits_kernel<<<grid, kBlockThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(layer);
-    return error_text(cudaGetLastError());
+    const ConvTiles tiles(layer.count, layer.height, layer.width);
+    if (layer.columns() == 2 * kSide) {
+        return launch_conv(logits_kernel<true>, layer, tiles, Logits<true>::kSharedBytes, stream);
+    }
+    return launch_conv(logits_kernel<false>, layer, tiles, Logits<false>::kSharedBytes, stream);
 }
 
 }  // namespace histoseg

@@ -40,32 +40,13 @@ HISTOSEG_INLINE std::uint32_t greater_halves(std::uint32_t a, std::uint32_t b) {
 #endif
 }
 
-inline std::int64_t unfold_pieces(const UnfoldLayer& layer) {
-    return std::int64_t{layer.columns()} * layer.unfolded() / kPieceChannels;
-}
-
-template <int kKernel>
-HISTOSEG_INLINE void unfold_thread(const UnfoldLayer& layer, const LayerPlace& place) {
-    constexpr std::int32_t kStride = kKernel == 3 ? 1 : 2, kValues = 3 * kKernel * kKernel;
-    constexpr std::uint32_t kPieces = kKernel == 3 ? 4 : 6;
-    const std::int32_t columns = layer.width / kStride, rows = layer.height / kStride;
-    const auto x = static_cast<std::int32_t>(place.piece / kPieces), part = static_cast<std::int32_t>(place.piece % kPieces);
-    const std::int32_t top = static_cast<std::int32_t>(place.row) * kStride - 1, left = x * kStride - 1;
-    HalfWords words = {};
-    HISTOSEG_UNROLL
-    for (std::int32_t i = 0; i < kPieceChannels; ++i) {
-        const std::int32_t value = part * kPieceChannels + i;
-        const std::int32_t c = value % 3, column = left + value / 3 % kKernel, row = top + value / (3 * kKernel);
-        const bool inside = value < kValues && row >= 0 && row < layer.height && column >= 0 && column < layer.width;
-        if (!inside) continue;
-        const std::int64_t pixel = (std::int64_t{place.tile} * layer.height + row) * layer.width + column;
-        const float scale = c == 0 ? layer.scale[0] : c == 1 ? layer.scale[1] : layer.scale[2];
-        const float shift = c == 0 ? layer.shift[0] : c == 1 ? layer.shift[1] : layer.shift[2];
-        const Half half = to_half(static_cast<float>(layer.rgb[3 * pixel + c]) * scale + shift);
-        words[i / 2] |= static_cast<std::uint32_t>(half.bits) << (16 * (i % 2));
-    }
-    const std::int64_t row = std::int64_t{place.tile} * rows + place.row;
-    store_16(piece_at(layer.to, row * columns * kPieces + place.piece), words);
+// What the first convolution reads of a pixel: nothing of what lies outside the image.
+HISTOSEG_INLINE Half normalised(const FirstLayer& layer, std::int64_t tile, std::int32_t y, std::int32_t x, std::int32_t c) {
+    if (y < 0 || y >= layer.height || x < 0 || x >= layer.width) return {0};
+    const std::int64_t pixel = (tile * layer.height + y) * layer.width + x;
+    const float scale = c == 0 ? layer.scale[0] : c == 1 ? layer.scale[1] : layer.scale[2];
+    const float shift = c == 0 ? layer.shift[0] : c == 1 ? layer.shift[1] : layer.shift[2];
+    return to_half(static_cast<float>(layer.rgb[3 * pixel + c]) * scale + shift);
 }
 
 inline std::int64_t pool_pieces(const PoolLayer& layer) {

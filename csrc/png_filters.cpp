@@ -127,4 +127,23 @@ bool unfilter_rgb(const std::uint8_t* rows, std::int64_t height, std::int64_t wi
     return true;
 }
 
+std::int64_t join_pixel_chunks(const std::uint8_t* file, std::int64_t size, std::int64_t start, std::uint8_t* out) {
+    constexpr std::int64_t kAround = 12;  // length and kind in front of a chunk's content, its checksum behind
+    std::int64_t joined = 0;
+    bool found = false;
+    for (std::int64_t at = start;;) {
+        const bool pixels = at + 8 <= size && std::memcmp(file + at + 4, "IDAT", 4) == 0;
+        if (found && !pixels) return joined;
+        if (at + 8 > size) return -1;
+        const std::int64_t length = std::int64_t{file[at]} << 24 | file[at + 1] << 16 | file[at + 2] << 8 | file[at + 3];
+        if (length > size - at - kAround) return -1;
+        if (pixels) {
+            if (out) std::memcpy(out + joined, file + at + 8, static_cast<std::size_t>(length));
+            joined += length;
+            found = true;
+        }
+        at += length + kAround;
+    }
+}
+
 }  // namespace histoseg

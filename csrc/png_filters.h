@@ -1,4 +1,4 @@
-// PNG's row filters for 8-bit RGB (PNG specification, third edition, section 9).
+// PNG's pixel chunks, and its row filters for 8-bit RGB (PNG specification, third edition, sections 5 and 9).
 #pragma once
 
 #include <cstddef>
@@ -11,5 +11,9 @@ namespace histoseg {
 // used). Returns false at an unknown filter type.
 bool unfilter_rgb(const std::uint8_t* rows, std::int64_t height, std::int64_t width, std::uint8_t* out,
                   std::ptrdiff_t out_stride_y);
+
+// Bytes in the IDAT chunks of a PNG file, the chunks in front of the first passed over from `start` on; they are joined in
+// `out` unless it is null. -1 where the file ends before or within them.
+std::int64_t join_pixel_chunks(const std::uint8_t* file, std::int64_t size, std::int64_t start, std::uint8_t* out);
 
 }  // namespace histoseg

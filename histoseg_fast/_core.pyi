@@ -35,6 +35,7 @@ def stitch(
 ) -> int: ...
 def tint(rgb: U8, ids: U8, above: U8 | None, palette: U8, alpha: int, out: U8) -> None: ...
 def unfilter_rgb(rows: bytes, out: U8) -> bool: ...
+def png_pixel_data(file: bytes, start: int) -> bytes | None: ...
 def remove_islands(ids: U8, area: int) -> tuple[U8, int]: ...
 def majority(ids: U8, radius: int, classes: int) -> U8: ...
 def dense_crf(
@@ -108,5 +109,41 @@ def cuda_decode_labels(
     stream: int,
 ) -> None: ...
 
+def cuda_first(
+    rgb_ptr: int,
+    n: int,
+    h: int,
+    w: int,
+    kernel: int,
+    scale: list[float],
+    shift: list[float],
+    weights_ptr: int,
+    bias_ptr: int,
+    to_ptr: int,
+    stream: int,
+) -> None: ...
+def cuda_pool(from_ptr: int, n: int, h: int, w: int, channels: int, to_ptr: int, stream: int) -> None: ...
+def cuda_join(
+    low_ptr: int, skip_ptr: int, n: int, h: int, w: int, channels: int, to_ptr: int, stream: int
+) -> None: ...
+def cuda_logits(
+    from_ptr: int,
+    n: int,
+    h: int,
+    w: int,
+    weights_ptr: int,
+    bias_ptr: int,
+    outputs: int,
+    shuffle: int,
+    to_ptr: int,
+    stream: int,
+) -> None: ...
+
+cuda_spread = cuda_pool
 emulate_stitch = cuda_stitch
 emulate_gather = cuda_gather
+emulate_first = cuda_first
+emulate_pool = cuda_pool
+emulate_spread = cuda_spread
+emulate_join = cuda_join
+emulate_logits = cuda_logits

@@ -42,6 +42,18 @@ def reflect_indices(length: int, padded: int) -> np.ndarray:
     return np.minimum(i, period - i)
 
 
+def reflect_rows(rows: np.ndarray, length: int, start: int = 0) -> None:
+    """Fill `rows` (N, ...) beyond the last row of an image of `length` rows by reflection; `rows[0]` is its row `start`.
+
+    What is reflected must lie in `rows`. Views do for other axes.
+    """
+    end, missing = start + len(rows), start + len(rows) - length
+    if missing < length - start:
+        rows[length - start :] = rows[length - start - 1 - missing : length - start - 1][::-1]
+    else:
+        rows[length - start :] = rows[reflect_indices(length, end)[length:] - start]
+
+
 def pad_to_stride(image: np.ndarray, stride: int) -> np.ndarray:
     """`image` (H, W, ...) reflected at its far edges to sides that are multiples of `stride`."""
     height, width = image.shape[:2]

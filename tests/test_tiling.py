@@ -22,6 +22,7 @@ from histoseg_fast.tiling import (
     pad_to_stride,
     padded_length,
     reflect_indices,
+    reflect_rows,
     split_axis,
     split_interval,
 )
@@ -98,6 +99,19 @@ def _one(spans, padded):
 def test_reflection_is_numpys(length, extra):
     expected = np.pad(np.arange(length), (0, extra), mode="reflect")
     np.testing.assert_array_equal(reflect_indices(length, length + extra), expected)
+
+
+@SETTINGS
+@given(st.integers(1, 60), st.integers(0, 200), st.data())
+@example(1, 7, None)
+@example(2, 1, None)
+def test_rows_are_reflected_in_place(length, extra, data):
+    """From any row on that reflection does not reach behind."""
+    expected = np.pad(np.arange(length), (0, extra), mode="reflect")
+    start = data.draw(st.integers(0, int(expected[length:].min(initial=length - 1)))) if data else 0
+    rows = np.where(np.arange(length + extra) < length, np.arange(length + extra), -1)[start:]
+    reflect_rows(rows, length, start)
+    np.testing.assert_array_equal(rows, expected[start:])
 
 
 @SETTINGS

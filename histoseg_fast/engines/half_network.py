@@ -19,6 +19,8 @@ from histoseg_fast.models.fast import FastNetwork
 from histoseg_fast.models.network import UInt8Network
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
+_FIRST = ((3, (3, 3), (1, 1), 64), (3, (4, 4), (2, 2), 32))
+"""Channels, kernel, stride and outputs of the convolutions that `cuda_first` can be."""
 _KERNEL_CHANNELS, _KERNEL_OUTPUTS = 32, 16
 """What `cuda_logits` takes in, and the most that it gives out."""
 
@@ -65,27 +67,25 @@ class KernelLayers(Layers):
         for conv in module.modules():
             if isinstance(conv, nn.ConvTranspose2d):
                 self._weights[conv] = _spread_weights(conv)
-            elif isinstance(conv, nn.Conv2d) and conv.in_channels == 3:
-                self._weights[conv] = _unfolded_weights(conv)
+            elif isinstance(conv, nn.Conv2d) and _is_first(conv):
+                self._weights[conv] = _first_weights(conv)
             elif isinstance(conv, nn.Conv2d) and _is_logits(conv):
                 self._weights[conv] = _split_weights(conv)
 
     def first(self, rgb: torch.Tensor, module: UInt8Network, conv: nn.Conv2d) -> torch.Tensor:
+        if conv not in self._weights:
+            return super().first(rgb, module, conv)
         n, h, w, _ = rgb.shape
         stride, kernel = conv.stride[0], conv.kernel_size[0]
-        weight, bias = self._weights[conv]
-        unfolded = _empty((n, h // stride, w // stride, weight.shape[1]), rgb)
-        self._launch("unfold", rgb, n, h, w, kernel, self._scale, self._shift, unfolded)
-        return self._conv_relu(unfolded.permute(0, 3, 1, 2), weight, bias, (1, 1), (0, 0))
+        x = _empty((n, h // stride, w // stride, conv.out_channels), rgb)
+        self._launch("first", rgb, n, h, w, kernel, self._scale, self._shift, *self._weights[conv], x)
+        return x.permute(0, 3, 1, 2)
 
     def conv(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-        assert conv.bias is not None and not isinstance(conv.padding, str)
-        return self._conv_relu(x, conv.weight, conv.bias, conv.stride, conv.padding)
-
-    def _conv_relu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: Any, padding: Any) -> Any:
-        if self._cuda:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
-        return F.relu(F.conv2d(x, weight, bias, stride, padding))
+        if not self._cuda:
+            return super().conv(x, conv)
+        fused: Callable[..., torch.Tensor] = torch.cudnn_convolution_relu
+        return fused(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         pixels = _pixels(x)
@@ -182,12 +182,17 @@ def _is_logits(conv: nn.Conv2d) -> bool:
     return small and conv.weight.dtype == torch.float32 and conv.kernel_size == (3, 3)
 
 
-def _unfolded_weights(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a 1x1 convolution over what `cuda_unfold` gives, and its bias."""
-    assert conv.bias is not None and (conv.kernel_size[0], conv.stride[0]) in ((3, 1), (4, 2))
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    weight = F.pad(weight, (0, -weight.shape[1] % 16))
-    return weight[:, :, None, None].contiguous(memory_format=torch.channels_last), conv.bias
+def _is_first(conv: nn.Conv2d) -> bool:
+    """Whether `cuda_first` can be this convolution."""
+    return (conv.in_channels, conv.kernel_size, conv.stride, conv.out_channels) in _FIRST
+
+
+def _first_weights(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the order of `cuda_first`, and its bias."""
+    assert conv.bias is not None
+    channels = 8 // conv.stride[0]
+    weight = F.pad(conv.weight, (0, 4 - conv.kernel_size[1], 0, 0, 0, channels - conv.in_channels))
+    return weight.permute(2, 3, 1, 0).contiguous(), conv.bias.float()
 
 
 def _spread_weights(conv: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,9 +204,10 @@ def _spread_weights(conv: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Tenso
 def _split_weights(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
     """As two parts in fp16 that add up to the fp32 weights, in the order of `cuda_logits`, and its bias."""
     assert conv.bias is not None
-    weight = F.pad(conv.weight.permute(2, 3, 1, 0), (0, _KERNEL_OUTPUTS - conv.out_channels))
+    most = _KERNEL_OUTPUTS if conv.out_channels > _KERNEL_OUTPUTS // 2 else _KERNEL_OUTPUTS // 2
+    weight = F.pad(conv.weight.permute(2, 3, 1, 0), (0, most - conv.out_channels))
     high = weight.half()
-    return torch.stack([high, (weight - high.float()).half()]).contiguous(), conv.bias
+    return torch.cat([high, (weight - high.float()).half()], -1).contiguous(), conv.bias
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:

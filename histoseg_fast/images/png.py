@@ -66,7 +66,10 @@ class PngSource(WholeSource):
         if self._depth != 8 or self._colour != _RGB or self._transparent or self._interlaced:
             return False
         size = self.height * (3 * self.width + 1)
-        rows = imagecodecs.deflate_decode(_pixel_data(self._data), out=size)  # checks the Adler-32 of all of them
+        pixel_data = _core.png_pixel_data(self._data, _HEADER_END)
+        if pixel_data is None:
+            raise ValueError("the file ends within its pixels")
+        rows = imagecodecs.deflate_decode(pixel_data, out=size)  # checks the Adler-32 of all of them
         assert isinstance(rows, bytes)
         if len(rows) != size:
             raise ValueError(f"the pixels end after {len(rows)} of {size} bytes")
@@ -87,20 +90,6 @@ class PngSource(WholeSource):
 
     def _convert(self, samples: np.ndarray, out: np.ndarray) -> None:
         to_rgb(samples, out, alpha=samples.shape[2] in (2, 4))
-
-
-def _pixel_data(data: bytes) -> bytes:
-    """The content of the IDAT chunks of a PNG, joined. ValueError where the file ends within them."""
-    parts: list[memoryview] = []
-    position, view = _HEADER_END, memoryview(data)
-    while (kind := data[position + 4 : position + 8]) == b"IDAT" or not parts:
-        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
-        if len(kind) < 4 or end > len(data):
-            raise ValueError("the file ends within its pixels")
-        if kind == b"IDAT":
-            parts.append(view[position + 8 : end - 4])
-        position = end
-    return b"".join(parts)
 
 
 def _check_sums(data: bytes) -> None:

@@ -19,7 +19,7 @@ from histoseg_fast.pipeline.ring import Tile
 from histoseg_fast.pipeline.sources import Source
 from histoseg_fast.pipeline.tissue import Overview, Tissue, find_tissue
 from histoseg_fast.postprocess import NO_STEPS
-from histoseg_fast.tiling import TileGrid, Tiling, reflect_indices
+from histoseg_fast.tiling import TileGrid, Tiling, reflect_rows
 
 CONFIDENCE_ONE = 65535
 """The stitcher sums confidences as integers in this unit, so that sums do not depend on the tiles' order."""
@@ -150,9 +150,9 @@ class Job:
         last = min(span.outer_end, height)
         self.image.read_rows(span.outer, last, out[: last - span.outer, :width], self._columns(row))
         if last < span.outer_end:
-            out[last - span.outer :, :width] = out[reflect_indices(height, span.outer_end)[last:] - span.outer, :width]
+            reflect_rows(out[:, :width], height, span.outer)
         if width < out.shape[1]:
-            out[:, width:] = out[:, reflect_indices(width, out.shape[1])[width:]]
+            reflect_rows(out.swapaxes(0, 1), width)
         if row == self.rows[-1]:
             self.image.close()
 

@@ -26,7 +26,7 @@ from layer_kernels import (
     check_logits,
     check_pool,
     check_spread,
-    check_unfold,
+    check_first,
     layer_cases,
 )
 
@@ -95,22 +95,23 @@ def test_gather_from_a_large_image():
 @SETTINGS
 @given(layer_cases())
 def test_layers(case):
-    check_unfold(GPU, _core.cuda_unfold, case, 3)
-    check_unfold(GPU, _core.cuda_unfold, case, 4)
+    check_first(GPU, _core.cuda_first, case, 3)
+    check_first(GPU, _core.cuda_first, case, 4)
     check_pool(GPU, _core.cuda_pool, case)
     check_spread(GPU, _core.cuda_spread, case)
     check_join(GPU, _core.cuda_join, case)
-    for outputs, shuffle in ((3, 1), (16, 1), (12, 2)):
+    for outputs, shuffle in ((3, 1), (8, 2), (16, 1), (12, 2)):
         check_logits(GPU, _core.cuda_logits, case, outputs, shuffle)
 
 
 def test_large_layers():
     case = LayerCase(2, 264, 420, 64, 0)
-    check_unfold(GPU, _core.cuda_unfold, case, 3)
+    check_first(GPU, _core.cuda_first, case, 3)
     check_pool(GPU, _core.cuda_pool, case)
     check_spread(GPU, _core.cuda_spread, case)
     check_join(GPU, _core.cuda_join, case)
     check_logits(GPU, _core.cuda_logits, case, 12, 2)
+    check_logits(GPU, _core.cuda_logits, case, 3, 1)
 
 
 def test_broken_values_reach_the_logits():
