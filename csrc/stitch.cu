@@ -58,9 +58,14 @@ const char* launch_stitch(const StitchBatch& batch, void* stream) {
     if (batch.count == 0) return nullptr;
     const auto on = static_cast<cudaStream_t>(stream);
     const std::int64_t by_class = std::int64_t{batch.count} * batch.classes;
-    cudaError_t status = clear(batch.counts, by_class, on);
-    if (status == cudaSuccess) status = clear(batch.confidence, by_class, on);
-    if (status == cudaSuccess) status = clear(batch.nonfinite, batch.count, on);
+    cudaError_t status = cudaSuccess;
+    if (batch.confidence == batch.counts + by_class && batch.nonfinite == batch.confidence + by_class) {
+        status = clear(batch.counts, 2 * by_class + batch.count, on);
+    } else {
+        status = clear(batch.counts, by_class, on);
+        if (status == cudaSuccess) status = clear(batch.confidence, by_class, on);
+        if (status == cudaSuccess) status = clear(batch.nonfinite, batch.count, on);
+    }
     if (status == cudaSuccess && batch.height > 0 && batch.width > 0) status = with_variant(batch, Launch{batch, on});
     return error_text(status);
 }

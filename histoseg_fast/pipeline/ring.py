@@ -62,7 +62,7 @@ class Ring:
         self._submitted: deque[Batch] = deque()
         self._open: Batch | None = None
         self._pending = 0
-        self._finished = self._stopped = False
+        self._finished = self._stopped = self._submitting = False
         self._changed = threading.Condition()
 
     def take(self, shape: tuple[int, int]) -> tuple[Batch, int, np.ndarray]:
@@ -73,6 +73,7 @@ class Ring:
                     raise Stopped
                 if self._open is not None and self._open.shape != shape:
                     self._close_open()
+                    continue  # others had the lock meanwhile
                 if self._open is None and self._free:
                     self._open = Batch(self._free.popleft(), shape, self.batch)
                     self._open.slot.reshape(self.batch, *shape)
@@ -102,13 +103,24 @@ class Ring:
         self._submit_filled()
 
     def _submit_filled(self) -> None:
-        while self._closed and self._closed[0].filled == len(self._closed[0].tiles) and not self._stopped:
-            batch = self._closed.popleft()
-            batch.slot.shorten(len(batch.tiles))
-            batch.submitted = time.perf_counter()
-            self.engine.submit(batch.slot)
-            self._submitted.append(batch)
-            self._changed.notify_all()
+        """One thread at a time, and without the lock, which readers and the stitcher want while a GPU gets its work."""
+        if self._submitting:
+            return  # that thread sees to what is filled by now, too
+        self._submitting = True
+        try:
+            while self._closed and self._closed[0].filled == len(self._closed[0].tiles) and not self._stopped:
+                batch = self._closed.popleft()
+                batch.slot.shorten(len(batch.tiles))
+                batch.submitted = time.perf_counter()
+                self._changed.release()
+                try:
+                    self.engine.submit(batch.slot)
+                finally:
+                    self._changed.acquire()
+                self._submitted.append(batch)
+                self._changed.notify_all()
+        finally:
+            self._submitting = False
 
     def next(self) -> Batch | None:
         """The next batch in order (its engine run may not be over), or None after `finish` and the last."""
