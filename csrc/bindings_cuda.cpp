@@ -8,6 +8,7 @@
 #include "bindings_device.h"
 #include "gather_threads.h"
 #include "labels.h"
+#include "queue.h"
 #include "stitch_threads.h"
 
 namespace histoseg {
@@ -19,6 +20,9 @@ const char* launch_decode_labels(const std::uint8_t*, std::int64_t, std::int64_t
 }
 const char* launch_stitch(const StitchBatch&, void*) { return kNotBuilt; }
 const char* launch_gather(const GatherBatch&, void*) { return kNotBuilt; }
+const char* queue_copy(void*, const void*, std::int64_t, void*) { return kNotBuilt; }
+const char* queue_record(void*, void*) { return kNotBuilt; }
+const char* queue_wait(void*, void*) { return kNotBuilt; }
 #endif
 
 namespace {
@@ -123,8 +127,7 @@ void py_stitch_batch(Address logits, const std::string& dtype, const std::string
     batch.confidence = checked_address<unsigned long long>(confidence, "confidence_ptr", tiles);
     batch.nonfinite = checked_address<unsigned long long>(broken, "broken_ptr", tiles);
     batch.probabilities = checked_address<std::uint8_t>(probabilities, "probabilities_ptr", false);
-    const py::gil_scoped_release released;
-    check_launch("stitch", kLaunch(batch, reinterpret_cast<void*>(stream)));
+    check_launch("stitch", kLaunch(batch, reinterpret_cast<void*>(stream)));  // see queue.h
 }
 
 template <LaunchGather kLaunch>
@@ -175,6 +178,21 @@ void py_cuda_decode_labels(Address rgb, std::int64_t h, std::int64_t w, int chan
                                                        reinterpret_cast<void*>(stream)));
 }
 
+void py_copy(Address to, Address from, std::int64_t bytes, Address stream) {
+    checked_number(bytes, "bytes", 0, std::int64_t{1} << 48);
+    auto* target = checked_address<char>(to, "to_ptr", bytes > 0);
+    const auto* source = checked_address<const char>(from, "from_ptr", bytes > 0);
+    check_launch("copy", queue_copy(target, source, bytes, reinterpret_cast<void*>(stream)));
+}
+
+void py_record(Address event, Address stream) {
+    check_launch("record", queue_record(reinterpret_cast<void*>(event), reinterpret_cast<void*>(stream)));
+}
+
+void py_wait(Address stream, Address event) {
+    check_launch("wait", queue_wait(reinterpret_cast<void*>(stream), reinterpret_cast<void*>(event)));
+}
+
 template <LaunchStitch kLaunch>
 void define_stitch(py::module_& m, const char* name, const char* text) {
     using namespace pybind11::literals;
@@ -214,6 +232,10 @@ void bind_cuda(py::module_& m) {
         "with rows image_stride bytes apart, reflected at its far edges. origins: int32 (n, 2) of row, column, 0 or "
         "more.");
     define_gather<emulate_gather>(m, "emulate_gather", "For tests: cuda_gather's threads one by one, on host memory.");
+    m.def("cuda_copy", &py_copy, "to_ptr"_a, "from_ptr"_a, "bytes"_a, "stream"_a,
+          "Queues on `stream` a copy between the device's memory and page-locked memory, either way, or within one.");
+    m.def("cuda_record", &py_record, "event"_a, "stream"_a, "Lets `event` happen once all on `stream` is done.");
+    m.def("cuda_wait", &py_wait, "stream"_a, "event"_a, "Lets what is queued on `stream` from now on wait for `event`.");
     m.def("cuda_decode_labels", &py_cuda_decode_labels, "rgb_ptr"_a, "h"_a, "w"_a, "channels"_a, "stride"_a,
           "palette"_a, "tolerance"_a, "ids_ptr"_a, "counters_ptr"_a, "stream"_a,
           "Queues on `stream` the decoding of a uint8 (h, w, 3 or 4) label with rows `stride` bytes apart to uint8 "

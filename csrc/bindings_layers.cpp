@@ -145,7 +145,6 @@ void py_first(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int k
     layer.weights = tensor_at<const char>(weights, "weights_ptr", any);
     layer.bias = checked_address<const float>(bias, "bias_ptr", any);
     layer.to = tensor_at<char>(to, "to_ptr", any);
-    const py::gil_scoped_release released;
     check_launch("first", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
@@ -161,7 +160,6 @@ void py_two_by_two(Address from, std::int64_t n, std::int64_t h, std::int64_t w,
     layer.width = static_cast<std::int32_t>(w);
     layer.channels = checked_channels(channels);
     layer.to = tensor_at<char>(to, "to_ptr", any);
-    const py::gil_scoped_release released;
     check_launch("layer", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
@@ -178,7 +176,6 @@ void py_join(Address low, Address skip, std::int64_t n, std::int64_t h, std::int
     layer.width = static_cast<std::int32_t>(w);
     layer.channels = checked_channels(channels);
     layer.to = tensor_at<char>(to, "to_ptr", any);
-    const py::gil_scoped_release released;
     check_launch("join", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
@@ -199,7 +196,6 @@ void py_logits(Address from, std::int64_t n, std::int64_t h, std::int64_t w, Add
     layer.outputs = outputs;
     layer.shuffle = shuffle;
     layer.to = tensor_at<float>(to, "to_ptr", any);
-    const py::gil_scoped_release released;
     check_launch("logits", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 

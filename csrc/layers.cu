@@ -70,12 +70,17 @@ struct ConvTiles {
     }
 };
 
-// `bytes` from the start of `from` to shared memory; both are multiples of 16.
-__device__ void load_shared(const void* from, char* shared, int bytes) {
-    for (int i = 16 * static_cast<int>(threadIdx.x); i < bytes; i += 16 * kBlockThreads) {
+// Weights have rows of kWidth halves; in shared memory 8 more lie between them, so that the rows of a fragment lie in
+// different banks.
+constexpr int kBetween = 8;
+
+template <int kRows, int kWidth>
+__device__ void load_weights(const void* from, char* shared) {
+    constexpr int kPieces = kWidth / kPieceChannels;
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kBlockThreads) {
         HalfWords words;
-        load_16(static_cast<const char*>(from) + i, words);
-        store_16(shared + i, words);
+        load_16(piece_at(from, i), words);
+        store_16(shared + i / kPieces * (kWidth + kBetween) * 2 + i % kPieces * 16, words);
     }
 }
 
@@ -89,11 +94,13 @@ struct First {
     static constexpr int kPixels = (kColumns - 1) * kStride + kReach / kPixel;
     static constexpr int kRowHalves = (kPixels * kPixel + 15) / 16 * 16;  // fragments begin at multiples of 32 bytes
     static constexpr int kInputBytes = kRows * kRowHalves * 2;
-    static constexpr int kWeightBytes = kKernel * kReach * kChannels * 2;
+    static constexpr int kWeightRows = kKernel * kReach, kWeightStride = kChannels + kBetween;
+    static constexpr int kWeightBytes = kWeightRows * kWeightStride * 2;
     static constexpr int kSumsStride = kChannels + 4;
     static constexpr int kSumsBytes = kSide * kSumsStride * 4;  // of a warp
     static constexpr int kSharedBytes = kWeightBytes + kInputBytes + kWarps * kSumsBytes;
     static constexpr int kBlocksAProcessor = kKernel == 3 ? 2 : 3;  // as its registers allow
+    static_assert(kSharedBytes <= 64 << 10, "what every architecture has");
 };
 
 template <int kKernel>
@@ -117,9 +124,11 @@ __device__ void load_pixels(const FirstLayer& layer, const ConvTile& tile, char*
     }
 }
 
-// 16 pixels of all channels, from sums in shared memory: bias, ReLU and rounding.
+// 16 pixels of all channels, from sums in shared memory: bias, ReLU and rounding. A lane always has the same channels, to
+// which `bias` belongs.
 template <int kKernel>
-__device__ void store_pixels(const FirstLayer& layer, const ConvTile& tile, int row, int left, const float* sums) {
+__device__ void store_pixels(const FirstLayer& layer, const ConvTile& tile, int row, int left, const float* sums,
+                             const float (&bias)[kPieceChannels]) {
     using F = First<kKernel>;
     constexpr int kPieces = F::kChannels / kPieceChannels;
     const int height = layer.height / F::kStride, width = layer.width / F::kStride;
@@ -131,7 +140,7 @@ __device__ void store_pixels(const FirstLayer& layer, const ConvTile& tile, int 
         HalfWords words = {};
         HISTOSEG_UNROLL
         for (int c = 0; c < kPieceChannels; ++c) {
-            const float sum = sums[pixel * F::kSumsStride + channel + c] + layer.bias[channel + c];
+            const float sum = sums[pixel * F::kSumsStride + channel + c] + bias[c];
             words[c / 2] |= static_cast<std::uint32_t>(to_half(sum).bits) << (16 * (c % 2));
         }
         HISTOSEG_UNROLL
@@ -150,7 +159,12 @@ __global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcess
     const __half* input = reinterpret_cast<const __half*>(shared + F::kWeightBytes);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     float* results = reinterpret_cast<float*>(shared + F::kWeightBytes + F::kInputBytes + warp * F::kSumsBytes);
-    load_shared(layer.weights, shared, F::kWeightBytes);
+    load_weights<F::kWeightRows, F::kChannels>(layer.weights, shared);
+    float bias[kPieceChannels];
+    HISTOSEG_UNROLL
+    for (int c = 0; c < kPieceChannels; ++c) {
+        bias[c] = layer.bias[threadIdx.x % (F::kChannels / kPieceChannels) * kPieceChannels + c];
+    }
     const ConvTiles tiles(layer.count, layer.height / F::kStride, layer.width / F::kStride);
     for (std::int64_t i = blockIdx.x; i < tiles.count; i += gridDim.x) {
         const ConvTile tile = tiles[i];
@@ -174,8 +188,8 @@ __global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcess
                 HISTOSEG_UNROLL
                 for (int block = 0; block < kBlocks; ++block) {
                     Right right;
-                    const int first = (down * F::kReach + step) * F::kChannels + block * kSide;
-                    wmma::load_matrix_sync(right, weights + first, F::kChannels);
+                    const int first = (down * F::kReach + step) * F::kWeightStride + block * kSide;
+                    wmma::load_matrix_sync(right, weights + first, F::kWeightStride);
                     HISTOSEG_UNROLL
                     for (int part = 0; part < kParts; ++part) {
                         wmma::mma_sync(sums[part][block], pixels[part], right, sums[part][block]);
@@ -190,7 +204,7 @@ __global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcess
                 wmma::store_matrix_sync(results + block * kSide, sums[part][block], F::kSumsStride, wmma::mem_row_major);
             }
             __syncwarp();
-            store_pixels<kKernel>(layer, tile, tile.top + warp, tile.left + part * kSide, results);
+            store_pixels<kKernel>(layer, tile, tile.top + warp, tile.left + part * kSide, results, bias);
             __syncwarp();
         }
     }
@@ -206,10 +220,13 @@ template <bool kWide>
 struct Logits {
     static constexpr int kWidth = kWide ? 2 * kSide : kSide;
     static constexpr int kSumsStride = kWidth + 4;
-    static constexpr int kWeightBytes = 9 * kChannels * kWidth * 2;
+    static constexpr int kWeightRows = 9 * kChannels, kWeightStride = kWidth + kBetween;
+    static constexpr int kWeightBytes = kWeightRows * kWeightStride * 2;
     static constexpr int kSumsBytes = kSide * kSumsStride * 4;  // of a warp
-    static constexpr int kSharedBytes = kWeightBytes + kInputBytes + kWarps * kSumsBytes;
-    static constexpr int kBlocksAProcessor = kWide ? 3 : 4;  // as shared memory allows
+    static constexpr int kSharedBytes = kWeightBytes + kInputBytes;
+    static constexpr int kBlocksAProcessor = kWide ? 3 : 4;  // as shared memory and registers allow
+    static_assert(kWarps * kSumsBytes <= kInputBytes, "sums lie where the input was");
+    static_assert(kSharedBytes <= 64 << 10, "what every architecture has");
 };
 
 __device__ void load_channels(const LogitsLayer& layer, const ConvTile& tile, char* shared) {
@@ -261,12 +278,12 @@ __global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcesso
     const __half* weights = reinterpret_cast<const __half*>(shared);
     const __half* input = reinterpret_cast<const __half*>(shared + L::kWeightBytes);
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    float* results = reinterpret_cast<float*>(shared + L::kWeightBytes + kInputBytes + warp * L::kSumsBytes);
-    load_shared(layer.weights, shared, L::kWeightBytes);
+    float* results = reinterpret_cast<float*>(shared + L::kWeightBytes + warp * L::kSumsBytes);
+    load_weights<L::kWeightRows, L::kWidth>(layer.weights, shared);
     const ConvTiles tiles(layer.count, layer.height, layer.width);
     for (std::int64_t i = blockIdx.x; i < tiles.count; i += gridDim.x) {
         const ConvTile tile = tiles[i];
-        __syncthreads();  // the pixels of the tile before have been read
+        __syncthreads();  // the sums of the tile before have been read
         load_channels(layer, tile, shared + L::kWeightBytes);
         __syncthreads();
         Sums sums[kParts][kBlocks];
@@ -281,8 +298,8 @@ __global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcesso
                 Right right[kBlocks];
                 HISTOSEG_UNROLL
                 for (int block = 0; block < kBlocks; ++block) {
-                    const int first = (tap * kChannels + channel) * L::kWidth + block * kSide;
-                    wmma::load_matrix_sync(right[block], weights + first, L::kWidth);
+                    const int first = (tap * kChannels + channel) * L::kWeightStride + block * kSide;
+                    wmma::load_matrix_sync(right[block], weights + first, L::kWeightStride);
                 }
                 HISTOSEG_UNROLL
                 for (int part = 0; part < kParts; ++part) {
@@ -295,6 +312,7 @@ __global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcesso
                 }
             }
         }
+        __syncthreads();  // the pixels have been read
         HISTOSEG_UNROLL
         for (int part = 0; part < kParts; ++part) {
             HISTOSEG_UNROLL

@@ -135,5 +135,3 @@ def check_broken_values(machine: Machine, kernel: Kernel) -> None:
         broken = np.zeros((40, 40), bool)
         broken[19:22, 19:22] = True
         assert (np.isfinite(mine[0]) == ~broken).all()
-
-

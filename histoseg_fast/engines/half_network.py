@@ -156,7 +156,7 @@ class HalfNetwork(nn.Module):
                 x = layers.pool(x)
         return x
 
-    def _fast(self, network: FastNetwork, rgb: torch.Tensor) -> torch.Tensor:
+    def _fast(self, network: Any, rgb: torch.Tensor) -> torch.Tensor:
         layers = self.layers
         x = layers.first(rgb, self.module, network.stem[0])
         skips: list[torch.Tensor] = []

@@ -36,6 +36,9 @@ class TorchMemory(Memory):
         self._cuda = self._device.type == "cuda"
         self._library: Any = torch.get_device_module(self._device)
         self.kernels = _core.cuda_built if self._cuda else True
+        self._queues = self._cuda and _core.cuda_built
+        """Whether the core queues copies and events: PyTorch lets go of the interpreter's lock for each of them, and to
+        get it back beside many readers takes longer than all of them."""
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -78,13 +81,23 @@ class TorchMemory(Memory):
         return stream.cuda_stream if self._cuda else 0
 
     def event(self) -> Any:
-        return self._library.Event(blocking=True) if self._cuda else self._library.Event()
+        if not self._cuda:
+            return self._library.Event()
+        event = self._library.Event(blocking=True)
+        event.record()  # it is made now, and has its handle
+        return event
 
     def record(self, event: Any, stream: Any) -> None:
-        event.record(stream)
+        if self._queues:
+            _core.cuda_record(event.cuda_event, stream.cuda_stream)
+        else:
+            event.record(stream)
 
     def wait(self, stream: Any, event: Any) -> None:
-        stream.wait_event(event)
+        if self._queues:
+            _core.cuda_wait(stream.cuda_stream, event.cuda_event)
+        else:
+            stream.wait_event(event)
 
     def synchronise(self, event: Any = None) -> None:
         if event is None:
@@ -93,14 +106,24 @@ class TorchMemory(Memory):
             event.synchronize()
 
     def upload(self, target: Block, source: np.ndarray, stream: Any) -> None:
+        if self._queues:
+            return _core.cuda_copy(target.address, _address(source), source.nbytes, stream.cuda_stream)
         bytes_ = torch.from_numpy(source.reshape(-1).view(np.uint8))
         with self._library.stream(stream):
             target.holder[: len(bytes_)].copy_(bytes_, non_blocking=True)
 
     def download(self, target: np.ndarray, source: Block, stream: Any) -> None:
+        if self._queues:
+            return _core.cuda_copy(_address(target), source.address, target.nbytes, stream.cuda_stream)
         bytes_ = torch.from_numpy(target.reshape(-1).view(np.uint8))
         with self._library.stream(stream):
             bytes_.copy_(source.holder[: len(bytes_)], non_blocking=True)
+
+    def copy(self, target: torch.Tensor, source: Block, stream: Any) -> None:
+        """Queue a copy of the start of `source` to all of `target`, uint8; `stream` is current."""
+        if self._queues:
+            return _core.cuda_copy(target.data_ptr(), source.address, target.numel(), stream.cuda_stream)
+        target.view(-1).copy_(source.holder[: target.numel()], non_blocking=True)
 
     def stitch(self, stream: Any, **arguments: Any) -> None:
         if self._cuda:
@@ -114,6 +137,8 @@ class TorchMemory(Memory):
 
 class TorchNetwork(Network):
     """The network of `plan` in "fp16" or "fp32" on the device of `memory`, with its channels last."""
+
+    _memory: TorchMemory
 
     def __init__(self, plan: Plan, memory: TorchMemory, precision: str, report: Report):
         super().__init__(memory, len(plan.palette.names), report)
@@ -153,7 +178,7 @@ class TorchNetwork(Network):
 
         def replay(rgb: Block) -> Block:
             with torch.cuda.stream(stream):
-                static.copy_(_images(rgb, shape), non_blocking=True)
+                self._memory.copy(static, rgb, stream)
                 graph.replay()
             return _block(logits)
 
@@ -176,6 +201,11 @@ class TorchNetwork(Network):
     def close(self) -> None:
         self.drop()
         self._module = None
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _images(rgb: Block, shape: Shape) -> torch.Tensor:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from kernels import HOST
 from layer_kernels import (
     check_broken_values,
+    check_first,
     check_join,
     check_logits,
     check_pool,
     check_spread,
-    check_first,
     layer_cases,
 )
 

@@ -22,11 +22,11 @@ from kernels import (
 from layer_kernels import (
     LayerCase,
     check_broken_values,
+    check_first,
     check_join,
     check_logits,
     check_pool,
     check_spread,
-    check_first,
     layer_cases,
 )
 

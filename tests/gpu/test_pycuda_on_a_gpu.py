@@ -91,7 +91,9 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("options", [{}, {"overlay": True}, {"postprocess": "crf", "overlay": True}, {"batch": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"overlay": True}, {"postprocess": "crf", "overlay": True}, {"batch": 1}], ids=str
+)
 def test_the_stream_gives_the_same_bytes(open_here, pictures, tmp_path, options, graphs):
     lines: list[str] = []
     run_stream(FakeEngine(), pictures, tmp_path / "plain", **{**OPTIONS, **options})
