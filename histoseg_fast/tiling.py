@@ -43,7 +43,7 @@ def reflect_indices(length: int, padded: int) -> np.ndarray:
 
 
 def reflect_rows(rows: np.ndarray, length: int, start: int = 0) -> None:
-    """Fill `rows` (N, ...) beyond the last row of an image of `length` rows by reflection; `rows[0]` is its row `start`.
+    """Fill `rows` (N, ...) beyond the last of an image's `length` rows by reflection; `rows[0]` is its row `start`.
 
     What is reflected must lie in `rows`. Views do for other axes.
     """

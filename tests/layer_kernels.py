@@ -1,4 +1,4 @@
-"""What the tests of the layers' kernels share: cases, and checks that run on a GPU or, thread by thread, on the host."""
+"""What the tests of the layers' kernels share: cases, and checks on a GPU or, thread by thread, on the host."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from histoseg_fast import _core
 from histoseg_fast.models.fast import FastNetwork
 from histoseg_fast.models.network import UInt8Network
 
-Conv = nn.Conv2d | nn.ConvTranspose2d
 _FIRST = ((3, (3, 3), (1, 1), 64), (3, (4, 4), (2, 2), 32))
 """Channels, kernel, stride and outputs of the convolutions that `cuda_first` can be."""
 _KERNEL_CHANNELS, _KERNEL_OUTPUTS = 32, 16

@@ -261,10 +261,11 @@ def make_tiling(plan: Plan, options: InferOptions, device: str) -> Tiling:
 
 
 def worker_counts(device: str, cores: int) -> tuple[int, int]:
-    """Readers and writers of a run. Beside a GPU the cores are theirs: to decode takes three times as long as to write."""
+    """Readers and writers of a run. Beside a GPU every core has one; to decode takes longer than to write."""
     if device == "cpu":
         return (max(1, min(MAX_READERS, cores // 2)),) * 2
-    return max(1, min(MAX_GPU_READERS, cores * 3 // 4)), max(1, min(MAX_GPU_READERS // 2, cores * 3 // 8))
+    readers = max(1, min(MAX_GPU_READERS, cores * 5 // 8))
+    return readers, max(1, min(MAX_GPU_READERS, cores - readers))
 
 
 def make_stream(

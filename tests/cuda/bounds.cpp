@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gather_threads.h"
+#include "layers_threads.h"
 #include "stitch_threads.h"
 
 using namespace histoseg;
@@ -98,10 +99,41 @@ void gather_once() {
     for_each_thread(batch.count, gather_blocks(batch), [&](const ThreadPlace& place) { gather_thread(batch, place); });
 }
 
+template <typename Layer, typename Body>
+void for_each_piece(const Layer& layer, std::int32_t rows, std::int64_t pieces, const Body& body) {
+    for (std::int32_t tile = 0; tile < layer.count; ++tile) {
+        for (std::int32_t row = 0; row < rows; ++row) {
+            for (std::int64_t piece = 0; piece < pieces; ++piece) {
+                body(LayerPlace{static_cast<std::uint32_t>(tile), static_cast<std::uint32_t>(row),
+                                static_cast<std::uint32_t>(piece)});
+            }
+        }
+    }
+}
+
+// Tensors of halves, in pieces of 16 bytes.
+struct Piece {
+    alignas(16) char bytes[16];
+};
+
+void layers_once() {
+    const std::int32_t count = pick(1, 2), height = 2 * pick(1, 5), width = 2 * pick(1, 5), parts = pick(1, 9);
+    const std::int64_t pieces = std::int64_t{count} * height * width * parts;
+    const auto small = exactly<Piece>(pieces), large = exactly<Piece>(4 * pieces), skip = exactly<Piece>(pieces);
+    const auto low = exactly<Piece>(pieces / 4);
+    const PoolLayer pool{large.get(), count, height, width, 8 * parts, small.get()};
+    for_each_piece(pool, height, pool_pieces(pool), [&](const LayerPlace& place) { pool_thread(pool, place); });
+    const SpreadLayer spread{large.get(), count, height, width, 8 * parts, large.get()};
+    for_each_piece(spread, 2 * height, spread_pieces(spread), [&](const LayerPlace& p) { spread_thread(spread, p); });
+    const JoinLayer join{low.get(), skip.get(), count, height, width, 8 * parts, small.get()};
+    for_each_piece(join, height, join_pieces(join), [&](const LayerPlace& place) { join_thread(join, place); });
+}
+
 }  // namespace
 
 int main() {
     for (int i = 0; i < 4000; ++i) {
+        layers_once();
         stitch_once();
         gather_once();
     }

@@ -107,3 +107,20 @@ def test_the_gather_kernel_copies_16_bytes_at_a_time(compiled):
     for _, code in found:
         assert re.search(r"\bLDG\.E\S*\.128", code)
         assert re.search(r"\bSTG\.E\S*\.128", code)
+
+
+@pytest.mark.slow
+def test_the_layers_that_move_memory_move_16_bytes_at_a_time(compiled):
+    found = {name: code for name, code in kernels(compiled("layers")) if "layer_kernel" in name}
+    assert len(found) >= 3
+    for code in found.values():
+        assert re.search(r"\bLDG\.E\S*\.128", code) and re.search(r"\bSTG\.E\S*\.128", code)
+
+
+@pytest.mark.slow
+def test_the_first_and_the_last_convolution_run_on_the_matrix_units(compiled):
+    found = [code for name, code in kernels(compiled("layers")) if "first_kernel" in name or "logits_kernel" in name]
+    assert len(found) >= 4
+    for code in found:
+        assert re.search(r"\bHMMA\.", code) and re.search(r"\bLDSM\.", code)
+        assert not re.search(r"\b(LDL|STL)\b", code)

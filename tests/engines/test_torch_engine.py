@@ -15,6 +15,7 @@ from random_networks import noise, plan_of
 from running import entries, make_pictures, picture, results, run_stream
 
 from histoseg_fast.engines import open_engine, run_tiled
+from histoseg_fast.engines.half_network import HalfNetwork
 from histoseg_fast.engines.torch_cuda import TorchEngine, TorchMemory
 from histoseg_fast.errors import EngineError, PlanError
 from histoseg_fast.images import write_png
@@ -60,6 +61,16 @@ def test_fp16_keeps_its_last_convolution_in_fp32(arch):
         assert types.pop(last) == torch.float32
         assert set(types.values()) == {torch.float16}
         assert module.module.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_our_kernels_layers_are_pytorchs(arch):
+    """Layer by layer with the kernels' threads one by one, and with PyTorch alone."""
+    rgb, device = torch.from_numpy(noise(64, 96))[None], torch.device("cpu")
+    with torch.inference_mode():
+        mine, plain = (HalfNetwork(rebuild(plan_of(arch)), device, kernels)(rgb)[0] for kernels in (True, False))
+    assert mine.dtype == plain.dtype == torch.float32 and mine.is_contiguous() and plain.is_contiguous()
+    compare(mine.numpy(), plain.numpy(), 3e-3)
 
 
 @pytest.fixture(scope="module")

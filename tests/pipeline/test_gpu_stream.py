@@ -12,7 +12,7 @@ from running import FakeEngine, entries, make_pictures, partials, picture, resul
 
 from histoseg_fast.errors import EngineError
 from histoseg_fast.images import write_png
-from histoseg_fast.pipeline.run import InferOptions, Progress, infer
+from histoseg_fast.pipeline.run import InferOptions, Progress, infer, worker_counts
 
 OPTIONS = {"tile": 24, "stride": 2, "batch": 3, "readers": 2, "writers": 2}
 
@@ -142,3 +142,14 @@ def test_the_command_refuses_gpus_where_there_are_none(tmp_path, tiny_plan_path)
     done = run_command("infer", tmp_path / "in", "--engine", tiny_plan_path, "--out", tmp_path / "out")
     assert done.returncode == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "wanted"),
+    [
+        *(("cpu", cores, (readers, readers)) for cores, readers in ((1, 1), (2, 1), (8, 4), (64, 4))),
+        *(("cuda:0", cores, wanted) for cores, wanted in ((1, (1, 1)), (2, (1, 1)), (16, (10, 6)), (128, (16, 16)))),
+    ],
+)
+def test_every_core_beside_a_gpu_reads_or_writes(device, cores, wanted):
+    assert worker_counts(device, cores) == wanted
