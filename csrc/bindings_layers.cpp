@@ -21,7 +21,8 @@ const char* launch_logits(const LogitsLayer&, void*) { return kNotBuilt; }
 namespace {
 
 constexpr std::int64_t kMaxRows = 65535;  // the limit of a grid's second axis; kMaxTiles is that of its third, too
-constexpr std::int64_t kMaxSide = std::int64_t{1} << 24, kMaxChannels = std::int64_t{1} << 12;
+// A row is 2^28 pieces at most, which a thread counts in 32 bits.
+constexpr std::int64_t kMaxSide = std::int64_t{1} << 18, kMaxChannels = std::int64_t{1} << 12;
 constexpr std::uint32_t kVector = 16;
 
 template <typename Body>

@@ -130,9 +130,9 @@ class HalfNetwork(nn.Module):
 
     def __init__(self, module: UInt8Network, device: torch.device, kernels: bool):
         super().__init__()
-        module.network.half()
-        (last,) = (conv for conv in module.modules() if isinstance(conv, nn.Conv2d) and _is_last(module, conv))
-        last.float()
+        for conv in module.modules():
+            if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d) and not _is_last(module, conv):
+                conv.half()
         self.module = module.to(device).to(memory_format=torch.channels_last)
         self.layers = KernelLayers(self.module, device) if kernels else Layers()
 
@@ -170,7 +170,7 @@ class HalfNetwork(nn.Module):
         return layers.logits(x, network.logits, network.shuffle.upscale_factor)
 
 
-def _is_last(module: UInt8Network, conv: nn.Conv2d) -> bool:
+def _is_last(module: UInt8Network, conv: nn.Module) -> bool:
     network: Any = module.network
     return conv is (network.logits if isinstance(network, FastNetwork) else network.head.logits)
 

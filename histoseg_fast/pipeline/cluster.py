@@ -244,7 +244,9 @@ class Cluster:
         """Kill all actors, once they have left nothing behind."""
         import ray
 
-        if farewells := [member.handle.close.remote() for member in self.members if member.started is not None]:
+        starting = [member.starting for member in self.members]
+        ready = set(ray.wait(starting, num_returns=len(starting), timeout=0)[0]) if starting else set()
+        if farewells := [member.handle.close.remote() for member in self.members if member.starting in ready]:
             ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL_SECONDS)
         for member in list(self.members):
             self.dismiss(member)
