@@ -95,6 +95,11 @@ for plan in final fast; do
         --json "$out/bench-torch-$plan.json"
 done
 step test-torch 150 "$python" -m pytest -rs --durations 5 tests/gpu/test_engines_on_a_gpu.py -k torch
+if "$python" -c "import pycuda" 2>/dev/null; then
+    step test-pycuda 90 "$python" -m pytest -rs tests/gpu/test_pycuda_on_a_gpu.py
+else
+    note skipped pycuda "it is not installed"
+fi
 if "$python" -c "import tensorrt, pycuda" 2>/dev/null; then
     step test-tensorrt 200 "$python" -m pytest -rs --durations 5 tests/gpu/test_trt_on_a_gpu.py \
         tests/gpu/test_engines_on_a_gpu.py -k "not torch"
@@ -109,7 +114,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         # Every tensor an allocation of its own: PyTorch's cache would hide what lies beyond one.
         step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -x tests/gpu/test_kernels.py -k "large_tiles or every_half or outside or decode"
+            "$python" -m pytest -x tests/gpu/test_kernels.py -k "large_ or every_half or outside or decode or broken"
     done
 else
     note skipped compute-sanitizer "not on PATH"

@@ -11,7 +11,15 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
 STEPS = ["environment", "build", "doctor", "test-kernels", "demo-torch", "bench-torch-final", "bench-torch-fast"]
-STEPS += ["test-torch", "test-tensorrt", "bench-tensorrt-final", "bench-tensorrt-fast", "memcheck", "racecheck"]
+STEPS += [
+    "test-torch",
+    "test-pycuda",
+    "test-tensorrt",
+    "bench-tensorrt-final",
+    "bench-tensorrt-fast",
+    "memcheck",
+    "racecheck",
+]
 PROGRAM = """#!/bin/sh
 echo "$0 $*" >>"$CALLS"
 case "$0 $*" in
