@@ -8,8 +8,6 @@ import re
 import threading
 from pathlib import Path
 
-from histoseg_fast.images.source import DECODE_ERRORS
-
 BY_NAME = {".mrxs", ".vms", ".vmu"}
 """Slides whose named file is an index: a thumbnail or a text, so that only its suffix tells what it is."""
 
@@ -100,16 +98,12 @@ def _series(path: Path, size: int, modified: int) -> str | None:
         with open(path, "rb") as stream:
             if stream.read(132)[128:] != b"DICM":
                 return None
-            from pydicom.errors import InvalidDicomError
             from pydicom.filereader import read_partial
 
             stream.seek(0)
-            try:
-                head = read_partial(stream, lambda tag, representation, length: tag >= _AFTER)
-                return str(head[_SERIES].value)
-            except InvalidDicomError:
-                return None
-    except (*DECODE_ERRORS, ImportError):
+            head = read_partial(stream, lambda tag, representation, length: tag >= _AFTER)
+            return str(head[_SERIES].value)
+    except Exception:  # no such file, no pydicom, or whatever a damaged file makes it raise
         return None
 
 

@@ -14,6 +14,7 @@ from running import picture
 
 from histoseg_fast.images import open_image
 from histoseg_fast.images import sizes as module
+from histoseg_fast.images.companions import dicom_series
 from histoseg_fast.images.sizes import MAX_SEGMENTS, PIXELS_A_BYTE, image_pixels
 
 HEIGHT, WIDTH = 61, 83
@@ -103,6 +104,15 @@ def test_what_is_no_file_weighs_nothing_or_its_entry(tmp_path: Path) -> None:
     assert image_pixels(tmp_path / "missing.png") == (0, False)
     (tmp_path / "gone.png").symlink_to(tmp_path / "missing.png")
     assert image_pixels(tmp_path / "gone.png") == (0, False)
+
+
+def test_a_damaged_dicom_file_is_of_no_series(tmp_path: Path) -> None:
+    """Found by fuzzing: pydicom raises an error of its own for a length that is not whole numbers."""
+    pytest.importorskip("pydicom")
+    path = tmp_path / "a.dcm"
+    path.write_bytes(bytes(128) + b"DICM" + bytes.fromhex("0200 0000 008f 0000 001e48") + bytes(75))
+    assert dicom_series(path) is None
+    assert image_pixels(path) == (PIXELS_A_BYTE * path.stat().st_size, False)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
