@@ -159,7 +159,6 @@ std::int64_t py_stitch(const py::object& logits_object, const py::object& core_o
     return stitch(view, core, output);
 }
 
-// Rows of packed RGB pixels, as tint reads and writes them.
 void py_tint(const py::object& rgb_object, const py::object& ids_object, const py::object& above_object,
              const py::object& palette_object, int alpha, const py::object& out_object) {
     const auto ids = checked<std::uint8_t>(ids_object, "ids", 2);

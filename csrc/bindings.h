@@ -65,6 +65,7 @@ py::array checked_output(const py::object& object, const char* name, const std::
     return array;
 }
 
+// Rows of packed RGB pixels, any distance apart.
 inline void check_packed_rgb(const py::array& array, const char* name) {
     check_contiguous(array, name, 2, 1);
     check_contiguous(array, name, 1, 3);

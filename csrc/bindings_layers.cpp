@@ -1,5 +1,6 @@
-// What Python sees of the layers' kernels. Each can also be run as loops on the host, on host memory: the tests' proof
-// of the arithmetic, and what the networks' order of layers is tested with.
+// What Python sees of the layers' kernels. On the host, on host memory, tests run the threads of those that only move
+// memory as loops, and the same sums as the convolutions', whose kernels only a GPU has: what the networks' order of
+// layers is tested with.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -112,12 +113,16 @@ T* tensor_at(Address address, const char* name, bool needed) {
     return checked_address<T>(address, name, needed);
 }
 
-// Sides of a tensor whose rows a launch goes through one by one; false if there is nothing in it.
-bool check_sides(std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t rows) {
+// Sets the sides of a layer that goes through `rows` rows one by one; false if there is nothing in it.
+template <typename Layer>
+bool set_sides(Layer& layer, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t rows) {
     checked_number(n, "n", 0, kMaxTiles);
     checked_number(h, "h", 0, kMaxSide);
     checked_number(rows, "rows", 0, kMaxRows);
     checked_number(w, "w", 0, kMaxSide);
+    layer.count = static_cast<std::int32_t>(n);
+    layer.height = static_cast<std::int32_t>(h);
+    layer.width = static_cast<std::int32_t>(w);
     return n * h * w > 0;
 }
 
@@ -133,12 +138,9 @@ void py_first(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int k
     checked_number(kernel, "kernel", 3, 4);
     FirstLayer layer{};
     layer.kernel = kernel;
-    const bool any = check_sides(n, h, w, h / layer.stride());
+    const bool any = set_sides(layer, n, h, w, h / layer.stride());
     if (h % layer.stride() || w % layer.stride()) fail("h, w", "expected multiples of the stride, 2");
     layer.rgb = checked_address<const std::uint8_t>(rgb, "rgb_ptr", any);
-    layer.count = static_cast<std::int32_t>(n);
-    layer.height = static_cast<std::int32_t>(h);
-    layer.width = static_cast<std::int32_t>(w);
     for (std::size_t c = 0; c < 3; ++c) {
         layer.scale[c] = scale[c];
         layer.shift[c] = shift[c];
@@ -149,16 +151,13 @@ void py_first(Address rgb, std::int64_t n, std::int64_t h, std::int64_t w, int k
     check_launch("first", kLaunch(layer, reinterpret_cast<void*>(stream)));
 }
 
-// Pool and spread: `rows` of the output for each of the h of the layer.
+// Pool and spread.
 template <typename Layer, const char* (*kLaunch)(const Layer&, void*)>
 void py_two_by_two(Address from, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t channels, Address to,
                    Address stream) {
-    const bool any = check_sides(n, h, w, 2 * h);
     Layer layer{};
+    const bool any = set_sides(layer, n, h, w, 2 * h);
     layer.from = tensor_at<const char>(from, "from_ptr", any);
-    layer.count = static_cast<std::int32_t>(n);
-    layer.height = static_cast<std::int32_t>(h);
-    layer.width = static_cast<std::int32_t>(w);
     layer.channels = checked_channels(channels);
     layer.to = tensor_at<char>(to, "to_ptr", any);
     check_launch("layer", kLaunch(layer, reinterpret_cast<void*>(stream)));
@@ -167,14 +166,11 @@ void py_two_by_two(Address from, std::int64_t n, std::int64_t h, std::int64_t w,
 template <const char* (*kLaunch)(const JoinLayer&, void*)>
 void py_join(Address low, Address skip, std::int64_t n, std::int64_t h, std::int64_t w, std::int64_t channels,
              Address to, Address stream) {
-    const bool any = check_sides(n, h, w, h);
-    if (h % 2 || w % 2) fail("h, w", "expected multiples of 2");
     JoinLayer layer{};
+    const bool any = set_sides(layer, n, h, w, h);
+    if (h % 2 || w % 2) fail("h, w", "expected multiples of 2");
     layer.low = tensor_at<const char>(low, "low_ptr", any);
     layer.skip = tensor_at<const char>(skip, "skip_ptr", any);
-    layer.count = static_cast<std::int32_t>(n);
-    layer.height = static_cast<std::int32_t>(h);
-    layer.width = static_cast<std::int32_t>(w);
     layer.channels = checked_channels(channels);
     layer.to = tensor_at<char>(to, "to_ptr", any);
     check_launch("join", kLaunch(layer, reinterpret_cast<void*>(stream)));
@@ -183,15 +179,12 @@ void py_join(Address low, Address skip, std::int64_t n, std::int64_t h, std::int
 template <const char* (*kLaunch)(const LogitsLayer&, void*)>
 void py_logits(Address from, std::int64_t n, std::int64_t h, std::int64_t w, Address weights, Address bias, int outputs,
                int shuffle, Address to, Address stream) {
-    const bool any = check_sides(n, h, w, h);
+    LogitsLayer layer{};
+    const bool any = set_sides(layer, n, h, w, h);
     checked_number(outputs, "outputs", 1, kMaxLogitsOutputs);
     checked_number(shuffle, "shuffle", 1, 2);
     if (outputs % (shuffle * shuffle)) fail("outputs", "expected a multiple of 4 to shuffle");
-    LogitsLayer layer{};
     layer.from = tensor_at<const char>(from, "from_ptr", any);
-    layer.count = static_cast<std::int32_t>(n);
-    layer.height = static_cast<std::int32_t>(h);
-    layer.width = static_cast<std::int32_t>(w);
     layer.weights = tensor_at<const char>(weights, "weights_ptr", any);
     layer.bias = checked_address<const float>(bias, "bias_ptr", any);
     layer.outputs = outputs;
@@ -226,7 +219,8 @@ void define(py::module_& m, const std::string& prefix, const char* where) {
           "bias_ptr"_a, "outputs"_a, "shuffle"_a, "to_ptr"_a, "stream"_a,
           text("3x3 convolution of fp16 (n, h, w, 32) to `outputs` channels, sums in fp32, and the pixel shuffle by "
                "`shuffle`: float32 (n, outputs / shuffle^2, h * shuffle, w * shuffle). weights: fp16 (3, 3, 32, "
-               "2, 16), for 8 outputs or fewer (3, 3, 32, 2, 8): two parts that add up, zeros beyond the outputs. bias: float32 (outputs). ").c_str());
+               "2, 16), for 8 outputs or fewer (3, 3, 32, 2, 8): two parts that add up, zeros beyond the outputs. bias: "
+               "float32 (outputs). ").c_str());
 }
 
 }  // namespace
@@ -235,7 +229,7 @@ void bind_layers(py::module_& m) {
     define<launch_first, launch_pool, launch_spread, launch_join, launch_logits>(
         m, "cuda_", "Queued on `stream`; all of it memory of the current device, aligned to 16 bytes.");
     define<emulate_first, emulate_pool, emulate_spread, emulate_join, emulate_logits>(
-        m, "emulate_", "For tests: the kernel's threads one by one, on host memory.");
+        m, "emulate_", "For tests, on host memory: the kernel's threads one by one, or a convolution's sums in plain loops.");
 }
 
 }  // namespace histoseg

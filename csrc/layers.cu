@@ -84,6 +84,29 @@ __device__ void load_weights(const void* from, char* shared) {
     }
 }
 
+template <int kBlocks>
+__device__ void clear(Sums (&sums)[kParts][kBlocks]) {
+    for (auto& part : sums) {
+        for (auto& sum : part) wmma::fill_fragment(sum, 0.0f);
+    }
+}
+
+// Puts a warp's sums, 16 pixels at a time, into `results` in shared memory, rows kStride apart, where take(left) finds
+// those of the pixels from `left` of its row on.
+template <int kStride, int kBlocks, typename Take>
+__device__ void hand_over(const Sums (&sums)[kParts][kBlocks], float* results, const Take& take) {
+    HISTOSEG_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+        HISTOSEG_UNROLL
+        for (int block = 0; block < kBlocks; ++block) {
+            wmma::store_matrix_sync(results + block * kSide, sums[part][block], kStride, wmma::mem_row_major);
+        }
+        __syncwarp();
+        take(part * kSide);
+        __syncwarp();
+    }
+}
+
 // The first convolution. A pixel has kPixel halves in shared memory, as many as make the step from one output to the
 // next 8 halves: so a fragment whose rows are 8 halves apart holds all kernel columns of a kernel row.
 template <int kKernel>
@@ -172,9 +195,7 @@ __global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcess
         load_pixels<kKernel>(layer, tile, shared + F::kWeightBytes);
         __syncthreads();
         Sums sums[kParts][kBlocks];
-        for (auto& part : sums) {
-            for (auto& sum : part) wmma::fill_fragment(sum, 0.0f);
-        }
+        clear(sums);
 #pragma unroll 1  // as below
         for (int down = 0; down < kKernel; ++down) {
             const __half* row = input + (warp * F::kStride + down) * F::kRowHalves;
@@ -197,16 +218,9 @@ __global__ void __launch_bounds__(kBlockThreads, First<kKernel>::kBlocksAProcess
                 }
             }
         }
-        HISTOSEG_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            HISTOSEG_UNROLL
-            for (int block = 0; block < kBlocks; ++block) {
-                wmma::store_matrix_sync(results + block * kSide, sums[part][block], F::kSumsStride, wmma::mem_row_major);
-            }
-            __syncwarp();
-            store_pixels<kKernel>(layer, tile, tile.top + warp, tile.left + part * kSide, results, bias);
-            __syncwarp();
-        }
+        hand_over<F::kSumsStride>(sums, results, [&](int left) {
+            store_pixels<kKernel>(layer, tile, tile.top + warp, tile.left + left, results, bias);
+        });
     }
 }
 
@@ -287,9 +301,7 @@ __global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcesso
         load_channels(layer, tile, shared + L::kWeightBytes);
         __syncthreads();
         Sums sums[kParts][kBlocks];
-        for (auto& part : sums) {
-            for (auto& sum : part) wmma::fill_fragment(sum, 0.0f);
-        }
+        clear(sums);
 #pragma unroll 1  // unrolled, it would take the registers of two blocks
         for (int tap = 0; tap < 9; ++tap) {
             const __half* row = input + ((warp + tap / 3) * kInputColumns + tap % 3) * kPixelHalves;
@@ -313,16 +325,9 @@ __global__ void __launch_bounds__(kBlockThreads, Logits<kWide>::kBlocksAProcesso
             }
         }
         __syncthreads();  // the pixels have been read
-        HISTOSEG_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            HISTOSEG_UNROLL
-            for (int block = 0; block < kBlocks; ++block) {
-                wmma::store_matrix_sync(results + block * kSide, sums[part][block], L::kSumsStride, wmma::mem_row_major);
-            }
-            __syncwarp();
-            store_logits<kWide>(layer, tile, tile.top + warp, tile.left + part * kSide, results);
-            __syncwarp();
-        }
+        hand_over<L::kSumsStride>(sums, results, [&](int left) {
+            store_logits<kWide>(layer, tile, tile.top + warp, tile.left + left, results);
+        });
     }
 }
 
@@ -335,8 +340,8 @@ const char* launch_conv(void (*kernel)(Layer), const Layer& layer, const ConvTil
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status == cudaSuccess) status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const auto threads = static_cast<int>(kBlockThreads), size = shared;
-    if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size);
+    const auto threads = static_cast<int>(kBlockThreads);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared);
     if (status != cudaSuccess) return error_text(status);
     const std::int64_t most = std::int64_t{processors} * (blocks > 0 ? blocks : 1);
     const dim3 grid(static_cast<unsigned>(tiles.count < most ? tiles.count : most));

@@ -29,6 +29,18 @@ def gpu_here() -> bool:
         return False
 
 
+def check_memory_is_given_back(run: Callable[[int], None], slack: int) -> None:
+    """A real GPU has as much free memory after the fourth run as after the second, but for `slack` bytes."""
+    import torch
+
+    free = []
+    for i in range(4):
+        run(i)
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[-1] >= free[1] - slack
+
+
 class Gpus:
     """`start` makes the GPUs, `open` an engine on them; `lines` is what was reported."""
 

@@ -41,12 +41,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where kernels run. `upload` copies bytes and gives their holder and an address that 64 divides."""
+    """Where kernels run: those of `_core` whose names begin with `prefix`. `upload` copies bytes and gives their holder
+    and an address that 64 divides.
+    """
 
-    stitch: Callable[..., None]
-    gather: Callable[..., None]
+    prefix: str
     upload: Callable[[np.ndarray], tuple[Any, int]]
     download: Callable[[Any], np.ndarray]
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        """One of the kernels: "stitch", "pool" and so on."""
+        kernel: Callable[..., None] = getattr(_core, self.prefix + name)
+        return kernel
 
     def put(self, array: np.ndarray, offset: int = 0) -> Block:
         return Block(self, array, offset)
@@ -63,7 +69,7 @@ def upload_to_host(content: np.ndarray) -> tuple[np.ndarray, int]:
     return memory, memory.ctypes.data
 
 
-HOST = Machine(_core.emulate_stitch, _core.emulate_gather, upload_to_host, np.copy)
+HOST = Machine("emulate_", upload_to_host, np.copy)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def stitch_on(machine: Machine, case: StitchCase, stream: int = 0) -> tuple[np.n
     planes = machine.poisoned(case.logits.shape)
     corners = [[ids.address + row * ids.shape[1] + column, ids.shape[1]] for row, column in band_corners(case)]
     targets = machine.put(np.array(corners, np.int64))
-    machine.stitch(
+    machine.kernel("stitch")(
         logits_ptr=logits.address,
         dtype="fp16" if case.logits.dtype == np.float16 else "fp32",
         layout=case.layout,
@@ -237,7 +243,7 @@ def check_gather(machine: Machine, case: GatherCase, stream: int = 0) -> None:
     rows[:, : 3 * width] = case.image.reshape(height, -1)
     image, origins = machine.put(rows, case.offset), machine.put(case.origins)
     tiles = machine.poisoned((n, h, w, 3), offset=case.tiles_offset)
-    machine.gather(
+    machine.kernel("gather")(
         image_ptr=image.address,
         image_h=height,
         image_w=width,

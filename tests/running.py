@@ -42,6 +42,13 @@ def make_pictures(folder: Path, count: int, height: int = 40, width: int = 50) -
     return paths
 
 
+def make_mixed_pictures(folder: Path, count: int) -> None:
+    """`count` pictures of one size, each a tile of 24 pixels, and some of others, of one such tile and of many."""
+    make_pictures(folder, count, 20, 24)
+    for i, (height, width) in enumerate([(60, 70), (1, 1), (24, 100), (90, 10)]):
+        write_png(folder / f"other_{i}.png", picture(i, height, width))
+
+
 def results(out: Path) -> dict[str, bytes]:
     """All that must not depend on how a run went: every output and the summary, by relative name."""
     files = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "manifest.jsonl", "run.json")]

@@ -19,16 +19,7 @@ from kernels import (
     stitch_cases,
     stitch_on_cpu,
 )
-from layer_kernels import (
-    LayerCase,
-    check_broken_values,
-    check_first,
-    check_join,
-    check_logits,
-    check_pool,
-    check_spread,
-    layer_cases,
-)
+from layer_kernels import LayerCase, check_broken_values, check_layers, layer_cases
 
 from histoseg_fast import _core
 from histoseg_fast.labels import PAPER_PALETTE
@@ -51,7 +42,7 @@ def download(memory):
     return memory.cpu().numpy()
 
 
-GPU = Machine(_core.cuda_stitch, _core.cuda_gather, upload, download)
+GPU = Machine("cuda_", upload, download)
 
 
 @SETTINGS
@@ -95,27 +86,15 @@ def test_gather_from_a_large_image():
 @SETTINGS
 @given(layer_cases())
 def test_layers(case):
-    check_first(GPU, _core.cuda_first, case, 3)
-    check_first(GPU, _core.cuda_first, case, 4)
-    check_pool(GPU, _core.cuda_pool, case)
-    check_spread(GPU, _core.cuda_spread, case)
-    check_join(GPU, _core.cuda_join, case)
-    for outputs, shuffle in ((3, 1), (8, 2), (16, 1), (12, 2)):
-        check_logits(GPU, _core.cuda_logits, case, outputs, shuffle)
+    check_layers(GPU, case)
 
 
 def test_large_layers():
-    case = LayerCase(2, 264, 420, 64, 0)
-    check_first(GPU, _core.cuda_first, case, 3)
-    check_pool(GPU, _core.cuda_pool, case)
-    check_spread(GPU, _core.cuda_spread, case)
-    check_join(GPU, _core.cuda_join, case)
-    check_logits(GPU, _core.cuda_logits, case, 12, 2)
-    check_logits(GPU, _core.cuda_logits, case, 3, 1)
+    check_layers(GPU, LayerCase(2, 264, 420, 64, 0))
 
 
 def test_broken_values_reach_the_logits():
-    check_broken_values(GPU, _core.cuda_logits)
+    check_broken_values(GPU)
 
 
 @pytest.mark.parametrize("channels", [3, 4])

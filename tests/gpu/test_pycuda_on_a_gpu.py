@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from fake_execution import CLASSES
-from gpu_fixtures import gpu_here
-from running import FakeEngine, entries, make_pictures, picture, results, run_stream
+from gpu_fixtures import check_memory_is_given_back, gpu_here
+from running import FakeEngine, entries, make_mixed_pictures, picture, results, run_stream
 
 from histoseg_fast import _core
 from histoseg_fast.engines import open_engine
@@ -83,10 +83,7 @@ def open_here(machine, tiny_plan, monkeypatch):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Images of one tile, of many, of one size and of several."""
-    make_pictures(tmp_path / "in", 12, 20, 24)
-    for i, (height, width) in enumerate([(60, 70), (1, 1), (24, 100), (90, 10)]):
-        write_png(tmp_path / "in" / f"other_{i}.png", picture(i, height, width))
+    make_mixed_pictures(tmp_path / "in", 12)
     return tmp_path / "in"
 
 
@@ -128,9 +125,8 @@ def test_out_of_memory_halves_the_batch(open_here, tmp_path):
 
 
 def test_memory_is_given_back(open_here, pictures, tmp_path):
-    free = []
-    for i in range(4):
+    def run(i):
         with open_here([]) as engine:
             run_stream(engine, pictures, tmp_path / str(i), **OPTIONS)
-        free.append(torch.cuda.mem_get_info()[0])
-    assert free[-1] >= free[1] - (16 << 20)
+
+    check_memory_is_given_back(run, 16 << 20)

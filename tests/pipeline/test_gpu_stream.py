@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from fake_execution import rgb_as_logits
 from gpu_fixtures import gpu_here
-from running import FakeEngine, entries, make_pictures, partials, picture, results, run_command, run_stream
+from running import (
+    FakeEngine,
+    entries,
+    make_mixed_pictures,
+    make_pictures,
+    partials,
+    picture,
+    results,
+    run_command,
+    run_stream,
+)
 
 from histoseg_fast.errors import EngineError
 from histoseg_fast.images import write_png
@@ -19,10 +29,7 @@ OPTIONS = {"tile": 24, "stride": 2, "batch": 3, "readers": 2, "writers": 2}
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Images of one tile, of many, of one size and of several."""
-    make_pictures(tmp_path / "in", 4, 20, 24)
-    for i, (height, width) in enumerate([(60, 70), (1, 1), (24, 100), (90, 10)]):
-        write_png(tmp_path / "in" / f"other_{i}.png", picture(i, height, width))
+    make_mixed_pictures(tmp_path / "in", 4)
     return tmp_path / "in"
 
 
