@@ -27,7 +27,9 @@ py::object py_png_pixel_data(const py::bytes& file, std::int64_t start) {
     const std::string_view bytes = file;
     const auto* data = reinterpret_cast<const std::uint8_t*>(bytes.data());
     const auto size = static_cast<std::int64_t>(bytes.size());
-    if (start < 0) fail("start", "expected 0 or more, got " + std::to_string(start));
+    if (start < 0 || start > size) {
+        fail("start", "expected 0 to " + std::to_string(size) + ", got " + std::to_string(start));
+    }
     const std::int64_t joined = join_pixel_chunks(data, size, start, nullptr);
     if (joined < 0) return py::none();
     py::bytes result(nullptr, static_cast<std::size_t>(joined));

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The tests of the C++ core with the core under gcc's sanitizers (Linux), built aside into build/sanitize.
 #
-#   scripts/sanitize.sh address|thread [PYTHON] [ARGUMENTS OF PYTEST...]
+#   scripts/sanitize.sh address|thread [PYTHON] [TESTS OR OTHER ARGUMENTS OF PYTEST, in place of the core's tests...]
 #
 # address: AddressSanitizer and UBSan; thread: ThreadSanitizer. PYTHON needs the test extra; by default .venv's. Python
 # itself is not instrumented, so what is found is the core's. Leaks are not looked for: Python frees little at its end.
+# What a sanitizer says is printed at the end, whatever became of the process, and makes the run fail.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:?address or thread}
@@ -17,17 +18,26 @@ case $kind in
     address) runtime=libasan.so ;;
     thread) runtime=libtsan.so ;;
 esac
-tests=(tests/test_{labels,stitch,tiling,outlines,crf,regions,overlay,postprocess}.py tests/cuda/test_threads.py
+core=(tests/test_{labels,stitch,tiling,outlines,crf,regions,overlay,postprocess}.py tests/cuda/test_threads.py
     tests/images/test_{png_filters,resample,geojson,pyramid}.py)
 if [ "$kind" = address ]; then
-    tests+=(tests/fuzz/test_fuzz.py)
+    core+=(tests/fuzz/test_fuzz.py)
 fi
 # The runtime has to be the first library, with libstdc++ right behind, or it does not see exceptions being thrown.
 preload="$(gcc -print-file-name="$runtime") $(gcc -print-file-name=libstdc++.so.6)"
 # OpenVINO loads a library in a way that hides the runtime from it, unless told so.
 export TBB_ENABLE_SANITIZERS=1
-export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0 UBSAN_OPTIONS=print_stacktrace=1
+report=$lib.report
+rm -f "$report".*
+export ASAN_OPTIONS=detect_leaks=0:log_path="$report" UBSAN_OPTIONS=print_stacktrace=1:log_path="$report"
+export TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0:log_path="$report"
 export PYTHONPATH=$lib:$PWD/tests PYTHONMALLOC=malloc HISTOSEG_SANITIZE=$kind
+status=0
 # Without randomised addresses: newer kernels use more bits for them than ThreadSanitizer knows of.
-exec setarch -R env LD_PRELOAD="$preload" "$python" -c 'import sys; sys.path.remove(""); import pytest; sys.exit(pytest.main())' \
-    -p sanitized -p no:cacheprovider -m "not slow" -k "not checkpoint" "${tests[@]}" "$@"
+setarch -R env LD_PRELOAD="$preload" "$python" -c 'import sys; sys.path.remove(""); import pytest; sys.exit(pytest.main())' \
+    -p sanitized -p no:cacheprovider -m "not slow" -k "not checkpoint" "${@:-"${core[@]}"}" || status=$?
+if compgen -G "$report.*" >/dev/null; then
+    cat "$report".*
+    exit 1
+fi
+exit "$status"

@@ -55,7 +55,7 @@ class Layers:
 
 
 class KernelLayers(Layers):
-    """Layers by our kernels and cuDNN; on "cpu" by the kernels' threads one after the other, for tests."""
+    """Layers by our kernels and cuDNN; on "cpu" by what the kernels compute, without a GPU, for tests."""
 
     def __init__(self, module: UInt8Network, device: torch.device):
         """module : the network, on `device`; the weights that a kernel wants in another order are made from it here."""
@@ -68,7 +68,7 @@ class KernelLayers(Layers):
                 self._weights[conv] = _spread_weights(conv)
             elif isinstance(conv, nn.Conv2d) and _is_first(conv):
                 self._weights[conv] = _first_weights(conv)
-            elif isinstance(conv, nn.Conv2d) and _is_logits(conv):
+            elif isinstance(conv, nn.Conv2d) and _is_last(module, conv) and _is_logits(conv):
                 self._weights[conv] = _split_weights(conv)
 
     def first(self, rgb: torch.Tensor, module: UInt8Network, conv: nn.Conv2d) -> torch.Tensor:
@@ -178,7 +178,7 @@ def _is_last(module: UInt8Network, conv: nn.Module) -> bool:
 def _is_logits(conv: nn.Conv2d) -> bool:
     """Whether `cuda_logits` can be this convolution."""
     small = conv.in_channels == _KERNEL_CHANNELS and conv.out_channels <= _KERNEL_OUTPUTS
-    return small and conv.weight.dtype == torch.float32 and conv.kernel_size == (3, 3)
+    return small and conv.kernel_size == (3, 3)
 
 
 def _is_first(conv: nn.Conv2d) -> bool:

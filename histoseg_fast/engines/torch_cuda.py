@@ -24,7 +24,7 @@ from histoseg_fast.models.network import rebuild
 from histoseg_fast.plan import Plan
 
 COMPILE_VARIABLE = "HISTOSEG_TORCH_COMPILE"
-"""Set to 1: torch.compile, which joins biases and ReLUs to the convolutions; minutes for every new shape."""
+"""Set to 1: torch.compile in place of our kernels (`half_network`); minutes for every new shape, and not measured."""
 
 
 class TorchMemory(Memory):

@@ -74,6 +74,45 @@ def test_pixels_may_lie_in_many_chunks(tmp_path, parts):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), unfiltered(body, 5, 4))
 
 
+def joined(file: bytes, start: int) -> bytes | None:
+    """PNG specification, section 5: chunk by chunk."""
+    found, at = None, start
+    while len(file) >= at + 8:
+        length, kind = struct.unpack_from(">I4s", file, at)
+        if kind != b"IDAT" and found is not None:
+            return found
+        if len(file) < at + 12 + length:
+            return None
+        if kind == b"IDAT":
+            found = (found or b"") + file[at + 8 : at + 8 + length]
+        at += 12 + length
+    return found
+
+
+CHUNKS = st.tuples(st.sampled_from([b"IDAT", b"IDAT", b"tEXt", b"IEND"]), st.binary(max_size=9), st.integers(-14, 14))
+
+
+@given(st.lists(CHUNKS, max_size=6), st.integers(0, 99), st.integers(0, 12))
+def test_chunks_are_joined_as_they_are_one_by_one_wherever_the_file_ends_or_lies(chunks, cut, start):
+    file = bytes(start)
+    for kind, content, wrong in chunks:
+        length = max(0, len(content) + (wrong if abs(wrong) > 11 else 0))  # mostly the right one
+        file += struct.pack(">I", length) + kind + content + b"sum!"
+    for end in (len(file), max(start, len(file) - cut)):
+        assert _core.png_pixel_data(file[:end], start) == joined(file[:end], start)
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**32 - 1])
+def test_chunks_of_gigabytes_that_are_not_there_end_the_file(length):
+    assert _core.png_pixel_data(struct.pack(">I", length) + b"IDATabc", 0) is None
+
+
+def test_a_start_outside_of_the_file_is_refused():
+    for start in (-1, 4, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"start: expected 0 to 3, got {start}"):
+            _core.png_pixel_data(b"abc", start)
+
+
 @pytest.mark.parametrize(
     ("body", "cut", "reason"),
     [

@@ -73,6 +73,64 @@ def test_take_waits_while_every_slot_is_in_use_and_goes_on_after_a_release() -> 
     waiter.join(PATIENCE)
 
 
+def test_while_the_engine_takes_a_batch_others_are_filled_and_follow_in_order() -> None:
+    """Readers must not wait for a GPU's queue; nor may what they fill meanwhile go ahead, or be forgotten."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(call: int) -> None:
+        if call == 1:
+            entered.set()
+            assert leave.wait(PATIENCE)
+
+    ring = Ring(FakeEngine(on_submit=hold), depth=4, batch=2)
+
+    def put(row: int) -> None:
+        batch, index, _ = ring.take((4, 4))
+        ring.fill(batch, index, tile(row))
+
+    put(0)
+    submitter = threading.Thread(target=put, args=(1,), daemon=True)
+    submitter.start()
+    assert entered.wait(PATIENCE)
+    others = threading.Thread(target=lambda: [put(row) for row in (2, 3, 4)], daemon=True)
+    others.start()
+    others.join(PATIENCE)
+    assert not others.is_alive() and submitter.is_alive()
+    ring.finish()
+    leave.set()
+    submitter.join(PATIENCE)
+    order = []
+    while (batch := ring.next()) is not None:
+        order.append([t.row for t in batch.tiles if t is not None])
+        ring.release(batch)
+    assert order == [[0, 1], [2, 3], [4]]
+
+
+def test_a_ring_that_is_stopped_while_the_engine_takes_a_batch_waits_for_that_batch_and_submits_no_more() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(call: int) -> None:
+        entered.set()
+        assert leave.wait(PATIENCE)
+
+    engine = FakeEngine(on_submit=hold)
+    ring = Ring(engine, depth=2, batch=1)
+
+    def put(row: int) -> None:
+        batch, index, _ = ring.take((4, 4))
+        ring.fill(batch, index, tile(row))
+
+    submitter = threading.Thread(target=put, args=(0,), daemon=True)
+    submitter.start()
+    assert entered.wait(PATIENCE)
+    put(1)
+    ring.stop()
+    leave.set()
+    submitter.join(PATIENCE)
+    ring.drain()
+    assert (engine.submits, engine.waits) == (1, 1)
+
+
 @pytest.mark.parametrize("wait", ["take", "next"])
 def test_stop_wakes_who_waits(wait: str) -> None:
     ring = Ring(FakeEngine(), depth=1, batch=1)
