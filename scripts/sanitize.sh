@@ -4,7 +4,7 @@
 #   scripts/sanitize.sh address|thread [PYTHON] [TESTS OR OTHER ARGUMENTS OF PYTEST, in place of the core's tests...]
 #
 # address: AddressSanitizer and UBSan; thread: ThreadSanitizer. PYTHON needs the test extra; by default .venv's. Python
-# itself is not instrumented, so what is found is the core's. Leaks are not looked for: Python frees little at its end.
+# and its libraries are not instrumented, so what is found is the core's. Leaks are not looked for: Python frees little at its end.
 # What a sanitizer says is printed at the end, whatever became of the process, and makes the run fail.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +30,7 @@ export TBB_ENABLE_SANITIZERS=1
 report=$lib.report
 rm -f "$report".*
 export ASAN_OPTIONS=detect_leaks=0:log_path="$report" UBSAN_OPTIONS=print_stacktrace=1:log_path="$report"
-export TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0:log_path="$report"
+export TSAN_OPTIONS=exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1:log_path="$report"
 export PYTHONPATH=$lib:$PWD/tests PYTHONMALLOC=malloc HISTOSEG_SANITIZE=$kind
 status=0
 # Without randomised addresses: newer kernels use more bits for them than ThreadSanitizer knows of.
