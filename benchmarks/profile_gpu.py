@@ -2,8 +2,8 @@
 
     python benchmarks/profile_gpu.py [--engine final] [--batch 4] [--device cuda]
 
-On made-up fields of 1128x720, without CUDA graphs, whose kernels the profiler sees as one. On "cpu" the operators of the
-same layers by PyTorch alone, which shows that the script runs and nothing about a GPU.
+On made-up fields of 1128x720, without CUDA graphs, whose kernels the profiler sees as one. On "cpu" the operators of
+the same layers by PyTorch alone, which shows that the script runs and nothing about a GPU.
 """
 
 from __future__ import annotations
