@@ -33,7 +33,8 @@ class Row:
     """One image of the run. Of a failed one only name and error are known.
 
     name : as in the manifest. path : where the image lay, or None. mask, overlay : relative to the folder, inside it.
-    pixels : by class, in the order of the ids. ratio : cancer / (cancer + stroma), or None. confidence : 0 to 1.
+    pixels : by class, in the order of the ids. ratio : cancer / (cancer + stroma), or None. confidence : 0 to 1,
+    or None where nothing was segmented: a slide of clean glass.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Row:
     height: int = 0
     pixels: tuple[int, ...] = ()
     ratio: float | None = None
-    confidence: float = 0.0
+    confidence: float | None = None
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -122,7 +123,7 @@ def _row(entry: dict[str, Any], classes: tuple[str, ...]) -> Row | None:
     try:
         pixels = tuple(_number(entry["pixels"][name], MAX_SIDE**2, whole=True) for name in classes)
         width, height = (_number(entry[side], MAX_SIDE, whole=True) for side in ("width", "height"))
-        confidence = _number(entry["mean_confidence"], 1.0)
+        confidence = None if entry["mean_confidence"] is None else _number(entry["mean_confidence"], 1.0)
         warnings = tuple(map(str, entry.get("warnings") or ()))
         seconds = {str(stage): _number(value, MAX_SECONDS) for stage, value in dict(entry.get("seconds", {})).items()}
     except (KeyError, TypeError, ValueError):

@@ -215,18 +215,18 @@ def _figures(cohort: Cohort) -> str:
     ratios = [row.ratio for row in done if row.ratio is not None]
     if ratios:
         figures.append(("median tumour-stroma ratio", f"{statistics.median(ratios):.2f}", ""))
+    if confidences := _confidences(cohort):
+        median = f"{statistics.median(confidences):.1%}".replace("%", "\u00a0%")
+        figures.append(("median confidence", median, ""))
     if done:
-        figures.append(
-            (
-                "median confidence",
-                f"{statistics.median([row.confidence for row in done]):.1%}".replace("%", "\u00a0%"),
-                "",
-            )
-        )
         figures.append(("megapixels", f"{sum(pixels) / 1e6:,.1f}", ""))
     cells = "".join(f'<div class="figure {kind}"><dt>{what}</dt><dd>{v}</dd></div>' for what, v, kind in figures)
     bar = composition([text(name) for name in cohort.classes], pixels) if done else ""
     return f'<dl class="figures">{cells}</dl>{bar}'
+
+
+def _confidences(cohort: Cohort) -> list[float]:
+    return [row.confidence for row in cohort.done if row.confidence is not None]
 
 
 def _failures(cohort: Cohort) -> str:
@@ -250,7 +250,8 @@ def _histograms(cohort: Cohort) -> str:
     ]
     if ratios := [row.ratio for row in done if row.ratio is not None]:
         charts.append(histogram("tumour-stroma ratio", "ratio", ratios, ""))
-    charts.append(histogram("mean confidence", "confidence", [row.confidence for row in done], "%"))
+    if confidences := _confidences(cohort):
+        charts.append(histogram("mean confidence", "confidence", confidences, "%"))
     return (
         '<section id="cohort" aria-labelledby="cohort-title"><h2 id="cohort-title">Cohort</h2>'
         f'<p class="hint bars">Click a bar to see its images.</p>'

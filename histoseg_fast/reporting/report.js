@@ -25,7 +25,7 @@
       text: (value) => value.toFixed(1), more: (row) => megapixels(row.pixels[i]),
     })),
     { key: "ratio", label: "tumour-stroma ratio", value: done((row) => row.ratio), text: (value) => value.toFixed(3) },
-    { key: "confidence", label: "confidence, %", value: done((row) => 100 * row.confidence), text: (value) => value.toFixed(1) },
+    { key: "confidence", label: "confidence, %", value: done((row) => row.confidence && 100 * row.confidence), text: (value) => value.toFixed(1) },
     { key: "size", label: "size, Mpx", value: done((row) => (row.width * row.height) / 1e6),
       text: (value) => value.toFixed(2), more: (row) => `${row.width} × ${row.height}` },
     { key: "notes", label: "Notes", words: true, value: (row) => row.error ?? (row.notes.join("; ") || null) },
@@ -72,7 +72,8 @@
       return part;
     }));
     button.append(parts, make("span", { className: "small" }, figures(row)));
-    const scores = make("span", { className: "small" }, `confidence ${(100 * row.confidence).toFixed(1)} %`);
+    const confidence = row.confidence === null ? "nothing but glass" : `confidence ${(100 * row.confidence).toFixed(1)} %`;
+    const scores = make("span", { className: "small" }, confidence);
     if (row.ratio !== null) scores.prepend(make("abbr", { title: "tumour-stroma ratio" }, "TSR"), ` ${row.ratio.toFixed(2)}, `);
     button.append(scores);
     for (const note of row.notes) button.append(make("span", { className: "note" }, note));

@@ -292,6 +292,21 @@ def test_prints_gallery_and_table_without_the_tools(page) -> None:
     assert not one(page, "#tools").is_displayed() and not one(page, "nav").is_displayed()
 
 
+def test_clean_glass_has_no_confidence_and_comes_last(chromium, tmp_path: Path) -> None:
+    run = MadeUpRun(tmp_path)
+    for name, seed in (("b", 20), ("c", 3)):
+        run.done(name, seed=seed)
+    run.done("a", {"mean_confidence": None})
+    run.end()
+    opened(chromium, write_report(run.out).path)
+    assert [("nothing but glass" in card.text) for card in css(chromium, ".card")] == [True, False, False]
+    choose(chromium, "as", "table")
+    (head,) = (head for head in css(chromium, "#table thead button") if head.text.startswith("confidence"))
+    head.click()
+    assert column(chromium, 1) == ["b", "c", "a"] and "–" in css(chromium, "tbody tr")[-1].text
+    assert complaints(chromium) == []
+
+
 def test_hostile_names_do_nothing(chromium, tmp_path: Path) -> None:
     run = MadeUpRun(tmp_path)
     for i, name in enumerate(HOSTILE):

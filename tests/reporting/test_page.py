@@ -194,7 +194,7 @@ def test_nonsense_in_the_manifest_costs_its_line(run: MadeUpRun) -> None:
     nonsense = {
         "width": [0, -1, "5", 2**40, None, True],
         "pixels": [None, {}, {"background": 1}, {"background": 1200, "cancer": -1, "stroma": 1}],
-        "mean_confidence": [2, float("nan"), float("inf"), "x", None],
+        "mean_confidence": [2, float("nan"), float("inf"), "x"],
         "mask": ["../secret.png", "/etc/passwd", "masks/../../x.png", None, 5, "masks", "masks/\0"],
         "seconds": [{"read": "x"}, {"read": float("inf")}, 5],
         "warnings": [5],
@@ -211,6 +211,22 @@ def test_nonsense_in_the_manifest_costs_its_line(run: MadeUpRun) -> None:
     cohort = read_cohort(run.out)
     assert [row.name for row in cohort.rows] == ["good"] and cohort.unreadable == count
     assert f"{count} lines of the manifest could not be understood" in read(write_report(run.out).path).words
+
+
+def test_a_slide_of_clean_glass_is_a_row_without_a_confidence(run: MadeUpRun) -> None:
+    run.done("glass", {"mean_confidence": None}, seed=1)
+    run.done("tissue", seed=20)
+    run.end()
+    page = read(write_report(run.out).path)
+    assert [row["confidence"] for row in json.loads(page.blocks["data"])["rows"]] == [None, 0.7]
+    assert "median confidence70.0" in page.words and "could not be understood" not in page.words
+
+
+def test_nothing_but_clean_glass(run: MadeUpRun) -> None:
+    run.done("glass", {"mean_confidence": None})
+    run.end()
+    written = write_report(run.out)
+    assert written.done == 1 and "confidence" not in read(written.path).words
 
 
 def test_images_of_other_settings_are_left_out(run: MadeUpRun) -> None:
