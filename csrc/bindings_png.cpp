@@ -32,7 +32,9 @@ py::object py_png_pixel_data(const py::bytes& file, std::int64_t start) {
     }
     const std::int64_t joined = join_pixel_chunks(data, size, start, nullptr);
     if (joined < 0) return py::none();
-    py::bytes result(nullptr, static_cast<std::size_t>(joined));
+    // By hand, as py::bytes makes a RuntimeError of Python's MemoryError.
+    auto result = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, joined));
+    if (!result) throw py::error_already_set();
     auto* out = reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(result.ptr()));
     {
         const py::gil_scoped_release released;

@@ -5,9 +5,11 @@
 
 namespace histoseg {
 
-// Null, or CUDA's own words for what failed.
+// Null, or CUDA's own words for what failed. It is told once: the next launch must not find it as the "last error".
 inline const char* error_text(cudaError_t status) {
-    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+    if (status == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    return cudaGetErrorString(status);
 }
 
 }  // namespace histoseg

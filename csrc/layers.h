@@ -39,8 +39,8 @@ struct PoolLayer {
 };
 const char* launch_pool(const PoolLayer& layer, void* stream);
 
-// The ReLU of what a 2x2 transposed convolution of stride 2 comes to, put where it belongs: `from` is (count, height,
-// width, 2, 2, channels), the 2x2 of each pixel by row and column; `to` is (count, 2 * height, 2 * width, channels).
+// The ReLU (NaN stays NaN) of what a 2x2 transposed convolution of stride 2 comes to: `from` is (count, height,
+// width, 2, 2, channels), the 2x2 of each pixel by row and column, which are put where they belong; `to` is (count, 2 * height, 2 * width, channels).
 struct SpreadLayer {
     const void* from;
     std::int32_t count, height, width, channels;

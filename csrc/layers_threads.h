@@ -25,8 +25,17 @@ HISTOSEG_INLINE const char* piece_at(const void* base, std::int64_t index) {
 
 HISTOSEG_INLINE char* piece_at(void* base, std::int64_t index) { return static_cast<char*>(base) + 16 * index; }
 
-// The larger halves of two words, as integers: of values that are not below 0, and of NaNs without a sign, these are in
-// the order of the numbers; below 0 the order is another, but nothing of it is above 0.
+constexpr std::uint32_t kSigns = 0x80008000u, kNoSigns = ~kSigns;  // of the two halves in a word
+
+// What a ReLU makes of two halves: NaN stays NaN, and loses its sign.
+HISTOSEG_INLINE std::uint32_t relu_halves(std::uint32_t word) {
+    const std::uint32_t sizes = word & kNoSigns;
+    const std::uint32_t nans = (sizes + 0x03FF03FFu) & kSigns;  // sizes over that of infinity, 0x7C00, reach the sign's bit
+    const std::uint32_t below = word & kSigns & ~nans;
+    return sizes & ~((below >> 15) * 0xFFFFu);
+}
+
+// The larger halves of two words, as integers: of halves without a sign, NaNs above all, the order is that of the numbers.
 HISTOSEG_INLINE std::uint32_t greater_halves(std::uint32_t a, std::uint32_t b) {
 #if defined(__CUDA_ARCH__)
     return __vmaxs2(a, b);
@@ -63,6 +72,8 @@ HISTOSEG_INLINE void pool_thread(const PoolLayer& layer, const LayerPlace& place
     HISTOSEG_UNROLL
     for (int i = 0; i < 4; ++i) {
         load_16(piece_at(layer.from, first + i / 2 * 2 * row_pieces + i % 2 * std::int64_t{pieces}), corners[i]);
+        HISTOSEG_UNROLL
+        for (int k = 0; k < 4; ++k) corners[i][k] &= kNoSigns;
     }
     HalfWords most;
     HISTOSEG_UNROLL
@@ -85,7 +96,7 @@ HISTOSEG_INLINE void spread_thread(const SpreadLayer& layer, const LayerPlace& p
     HalfWords words;
     load_16(piece_at(layer.from, (4 * pixel + 2 * (place.row % 2) + x % 2) * pieces + part), words);
     HISTOSEG_UNROLL
-    for (int k = 0; k < 4; ++k) words[k] = greater_halves(words[k], 0);
+    for (int k = 0; k < 4; ++k) words[k] = relu_halves(words[k]);
     const std::int64_t row = 2 * std::int64_t{place.tile} * layer.height + place.row;
     store_16(piece_at(layer.to, row * 2 * layer.width * pieces + place.piece), words);
 }

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from kernels import Machine
 
-SPECIAL = np.array([0, -0.0, 65504, 6e-8, 1, np.inf, np.nan], np.float16)
+SPECIAL = np.array([0, -0.0, 65504, 6e-8, 1, np.inf, np.nan, -np.nan], np.float16)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch import nn
 
 from histoseg_fast.compiling.export import export_onnx
 from histoseg_fast.compiling.halo import measure
+from histoseg_fast.engines.half_network import HalfNetwork
 from histoseg_fast.models.architectures import IMAGENET_MEAN, IMAGENET_STD, PAPER_ARCHITECTURES
-from histoseg_fast.models.network import make_network
+from histoseg_fast.models.network import make_network, rebuild
 from histoseg_fast.plan import MODEL, Plan, pack, unpack
 from histoseg_fast.training.checkpoint import write_checkpoint
 
@@ -73,3 +74,15 @@ def checkpoint(path: Path, arch: str, /, **changes: object) -> Path:
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     """An RGB image of random pixels: the hardest for seams."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def check_overflow_is_told(arch: str, device: str, kernels: bool) -> None:
+    """What grows beyond fp16 leaves no pixel with logits that all look sound, whatever a ReLU makes of NaN."""
+    module = rebuild(plan_of(arch))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.mul_(30 if name.endswith("weight") else 1)
+    rgb = torch.from_numpy(noise(64, 96))[None].to(device)
+    with torch.inference_mode():
+        logits = HalfNetwork(module, torch.device(device), kernels)(rgb)
+    assert not torch.isfinite(logits).all(dim=1).any()

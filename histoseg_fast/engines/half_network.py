@@ -89,6 +89,7 @@ class KernelLayers(Layers):
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         pixels = _pixels(x)
         n, h, w, channels = pixels.shape
+        assert h % 2 == w % 2 == 0, "tiles are multiples of the network's stride"
         pooled = _empty((n, h // 2, w // 2, channels), x)
         self._launch("pool", pixels, n, h // 2, w // 2, channels, pooled)
         return pooled.permute(0, 3, 1, 2)
@@ -178,12 +179,13 @@ def _is_last(module: UInt8Network, conv: nn.Module) -> bool:
 def _is_logits(conv: nn.Conv2d) -> bool:
     """Whether `cuda_logits` can be this convolution."""
     small = conv.in_channels == _KERNEL_CHANNELS and conv.out_channels <= _KERNEL_OUTPUTS
-    return small and conv.kernel_size == (3, 3)
+    return small and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
 
 
 def _is_first(conv: nn.Conv2d) -> bool:
     """Whether `cuda_first` can be this convolution."""
-    return (conv.in_channels, conv.kernel_size, conv.stride, conv.out_channels) in _FIRST
+    shape = conv.in_channels, conv.kernel_size, conv.stride, conv.out_channels
+    return shape in _FIRST and conv.padding == (1, 1)
 
 
 def _first_weights(conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from random_networks import noise, plan_of
+from random_networks import check_overflow_is_told, noise, plan_of
 from running import entries, make_pictures, picture, results, run_stream
 
 from histoseg_fast.engines import open_engine, run_tiled
@@ -71,6 +71,12 @@ def test_our_kernels_layers_are_pytorchs(arch):
         mine, plain = (HalfNetwork(rebuild(plan_of(arch)), device, kernels)(rgb)[0] for kernels in (True, False))
     assert mine.dtype == plain.dtype == torch.float32 and mine.is_contiguous() and plain.is_contiguous()
     compare(mine.numpy(), plain.numpy(), 3e-3)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("arch", ["final", "fast"])
+def test_values_beyond_fp16_never_end_as_sound_logits(arch, kernels):
+    check_overflow_is_told(arch, "cpu", kernels)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from gpu_fixtures import check_memory_is_given_back
-from random_networks import noise, plan_of
+from random_networks import check_overflow_is_told, noise, plan_of
 from running import entries, make_pictures, picture, results, run_stream
 
 from histoseg_fast import _core
@@ -45,6 +45,13 @@ def pictures(tmp_path_factory):
 
 def stream_options(plan, **more):
     return {"stride": plan.stride, "halo": plan.halo, "tile": 160, "batch": 1, "readers": 4, "writers": 2, **more}
+
+
+@pytest.mark.parametrize("arch", ["final", "fast"])
+def test_values_beyond_fp16_never_end_as_sound_logits(library, arch):
+    if library != "torch":
+        pytest.skip("of PyTorch's fp16 network")
+    check_overflow_is_told(arch, "cuda", kernels=True)
 
 
 @pytest.mark.parametrize("arch", ["one", "final", "fast"])
